@@ -1,0 +1,41 @@
+# Two commands do all set-up: `make quickstart` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test soak bench lint schema clean
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/megascale quickstart
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -m "not slow"
+
+# Long fault runs, minutes to an hour; CI does not run them.
+soak: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.installed-test
+	@$(BIN)/python -m bench.step_overhead
+	@$(BIN)/python -m bench.loader
+
+lint: $(VENV)/.installed-test
+	@$(BIN)/ruff check .
+
+schema: $(VENV)/.installed
+	@$(BIN)/megascale schema > configs/schema.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,28 @@
+"""What a corpus is made with."""
+
+from dataclasses import dataclass
+
+EOS_TOKEN = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Settings of a build; with the source's files and a given tokenizer they determine every byte of the shards.
+
+    Attributes:
+        vocab_size: entries at most of the tokenizer to train; without meaning when a tokenizer is given.
+        eos_token: the token that ends a document.
+        validation_fraction: share of the documents set aside, chosen by their text, so that copies of a text are on
+            one side. 0 makes no validation split.
+        seed: of the order in which documents are laid into shards.
+        shard_tokens: tokens of a shard. 2^26 make files of 128 MiB: large enough for object stores, small enough to
+            replace.
+        block_tokens: tokens of a block, the unit of checksums. 2^20 are verified in 1 ms.
+    """
+
+    vocab_size: int = 4096
+    eos_token: str = EOS_TOKEN
+    validation_fraction: float = 0.05
+    seed: int = 0
+    shard_tokens: int = 1 << 26
+    block_tokens: int = 1 << 20

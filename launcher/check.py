@@ -1,0 +1,44 @@
+"""`megascale check`: what a config means on so many ranks, computed without torch and without starting anything."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.train import default_num_ranks
+from megascale.config.derive import derive, describe
+from megascale.config.load import load_config
+from megascale.config.schema import RunConfig
+from megascale.data.manifest import INDEX_FILE, check_corpus, load_manifest
+from megascale.data.packing import count_rows
+from megascale.model.flops import num_parameters, train_flops_per_token
+
+
+def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | None) -> None:
+    """Prints the derived numbers with their factors, or raises the first thing that is wrong.
+
+    Raises:
+        ConfigError, DataError: as `megascale train` would.
+    """
+    config = load_config(config_path, overrides)
+    derived = derive(config, num_ranks or default_num_ranks(config))
+    parameters = num_parameters(config.model)
+    flops = train_flops_per_token(config.model, config.train.seq_len)
+    lines = [
+        *describe(config, derived),
+        ("parameters", f"{parameters:,}, {config.model.padded_vocab_size} rows of vocabulary included"),
+        ("FLOPs per token", f"{flops:,} forward and backward; {flops * derived.total_tokens:.3g} for the run"),
+        ("corpus", describe_corpus(config, derived.rows_per_step)),
+    ]
+    for name, value in lines:
+        print(f"{name:>18}  {value}")
+
+
+def describe_corpus(config: RunConfig, rows_per_step: int) -> str:
+    """How often the run reads the corpus, or that there is none yet."""
+    folder = Path(config.data.folder)
+    if not (folder / "train" / INDEX_FILE).exists():
+        return f"{folder} is not built yet (megascale data build)"
+    manifest = load_manifest(folder, "train")
+    check_corpus(manifest, config.model.vocab_size)
+    rows = sum(count_rows(shard.tokens, config.train.seq_len) for shard in manifest.shards)
+    epochs = config.train.max_steps * rows_per_step / rows
+    return f"{manifest.num_tokens:,} tokens in {rows:,} rows of {folder}; the run reads them {epochs:.2f} times"

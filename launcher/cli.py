@@ -1,0 +1,100 @@
+"""The command line. Each command is a few lines: what it does lives elsewhere, imported only when it runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.cli import app as data_app
+from megascale.errors import MegascaleError, StopRequested
+
+app = typer.Typer(
+    help="Pretrain transformers on anything from a laptop's CPU to a GPU cluster, from one YAML file.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the config, such as train.max_steps=300.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder, such as runs/quickstart.")]
+NumRanks = Annotated[int | None, typer.Option("--nproc", help="Ranks on this machine. Default: its GPUs, else cores.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath, overrides: Overrides = None, nproc: NumRanks = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the run that the folder holds, start at step 0.")] = False,
+) -> None:
+    """Train a run, or resume it from its newest whole checkpoint."""
+    from launcher.train import start_training
+
+    start_training(config, overrides or [], nproc, fresh)
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None, nproc: NumRanks = None) -> None:
+    """Check a config and print what follows from it, without starting anything."""
+    from launcher.check import print_check
+
+    print_check(config, overrides or [], nproc)
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total chance.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with the newest whole checkpoint of a run."""
+    from launcher.generate import generate_text
+
+    generate_text(run, prompt, max_tokens, temperature, top_k, top_p, seed)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write RUN/report.html: curves, tables, baselines and a sample in one file."""
+    from megascale.observe.report import write_report
+
+    print(f"wrote {write_report(run)}")
+
+
+@app.command()
+def baselines(run: RunFolder) -> None:
+    """Fit n-gram models on the tokens that a run has read, for its report."""
+    from launcher.baselines import fit_baselines
+
+    fit_baselines(run)
+
+
+@app.command()
+def quickstart() -> None:
+    """From the source of Python's standard library to a trained model and its report, in minutes on two cores."""
+    from launcher.quickstart import run_quickstart
+
+    run_quickstart()
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a config file, for editors."""
+    from megascale.config.dump import json_schema
+
+    print(json_schema(), end="")
+
+
+def main() -> None:
+    """Runs the command line; a user's error is one message and an exit code, never a traceback."""
+    try:
+        app()
+    except MegascaleError as error:
+        print(f"{'' if isinstance(error, StopRequested) else 'error: '}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

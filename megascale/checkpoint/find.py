@@ -1,0 +1,162 @@
+"""Finding the newest whole checkpoint of a run.
+
+Nothing of a checkpoint is used before all of it was verified: the index against itself and its hash, each file against
+its size and SHA-256. The ranks share out the files and agree on the verdict.
+"""
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+
+from megascale.checkpoint.comm import Comm, LocalComm, run_on_rank_zero, run_together
+from megascale.checkpoint.files import FileRecord, hash_file, size_of_regular_file
+from megascale.checkpoint.folders import (
+    CHECKPOINTS,
+    QUARANTINE,
+    checkpoint_path,
+    has_quarantine,
+    list_steps,
+    quarantine_checkpoint,
+    remove_leftovers,
+    step_name,
+)
+from megascale.checkpoint.index import INDEX_NAME, CheckpointIndex, read_index
+from megascale.errors import CheckpointError
+
+NO_STEP = -1
+REASONS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class VerifiedCheckpoint:
+    """A checkpoint whose every byte was found as it was written.
+
+    Attributes:
+        path: its folder.
+        index: everything about it but the tensors.
+        rejected: one message for each newer checkpoint that was found damaged and moved to the quarantine.
+    """
+
+    path: Path
+    index: CheckpointIndex
+    rejected: tuple[str, ...] = ()
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that isn't what was written, or isn't this run's: an older one may serve instead."""
+
+
+def find_checkpoint(run_folder: Path, *, run_id: str | None, comm: Comm) -> VerifiedCheckpoint | None:
+    """Finds the newest whole checkpoint of this run; damaged ones are moved to `quarantine/` with the reason.
+
+    Every rank calls it. Only the job that owns the run folder may: leftovers of killed saves are removed.
+
+    Args:
+        run_id: checkpoints of other runs are quarantined too; None takes any run's.
+
+    Returns:
+        None only where the run folder never had a checkpoint: the run starts at step 0.
+
+    Raises:
+        CheckpointError: there are or were checkpoints, but none is whole; or the folder can't be read or changed.
+    """
+    run_folder = Path(run_folder)
+    run_on_rank_zero(comm, lambda: remove_leftovers(run_folder))
+    rejected: list[str] = []
+    while (step := _newest_step(run_folder, comm)) != NO_STEP:
+        try:
+            found = verify_checkpoint(checkpoint_path(run_folder, step), run_id=run_id, comm=comm)
+            return VerifiedCheckpoint(found.path, found.index, tuple(rejected))
+        except DamagedCheckpointError as damage:
+            rejected.append(str(damage))
+        run_on_rank_zero(comm, lambda step=step: quarantine_checkpoint(run_folder, step, rejected[-1]))
+    if comm.control_gather(int(has_quarantine(run_folder)))[0]:
+        raise CheckpointError(
+            f"{run_folder / CHECKPOINTS}: no whole checkpoint is left to resume from; the damaged ones are in"
+            f" {run_folder / QUARANTINE}, each with the reason"
+            + "".join(f"\n  {reason}" for reason in rejected[:REASONS_SHOWN])
+            + "\nRestore one of them from a backup, or start again from step 0 with --fresh"
+        )
+    return None
+
+
+def peek_checkpoint(run_folder: Path, step: int | None = None) -> VerifiedCheckpoint:
+    """The newest whole checkpoint, or that of one step, for a reader beside the run: nothing is moved or removed.
+
+    Raises:
+        CheckpointError: there is none; the message says what was wrong with those that are there.
+    """
+    run_folder = Path(run_folder)
+    steps = list_steps(run_folder)
+    reasons = []
+    for candidate in reversed(steps) if step is None else [step]:
+        try:
+            return verify_checkpoint(checkpoint_path(run_folder, candidate))
+        except DamagedCheckpointError as damage:
+            reasons.append(str(damage))
+    asked = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
+    present = f"steps {', '.join(map(str, steps))} are there" if steps else "there is none at all"
+    raise CheckpointError(
+        f"{run_folder / CHECKPOINTS}: no {asked}; {present}" + "".join(f"\n  {reason}" for reason in reasons)
+    )
+
+
+def verify_checkpoint(path: Path, *, run_id: str | None = None, comm: Comm | None = None) -> VerifiedCheckpoint:
+    """Reads every byte of a checkpoint once, shared out over the ranks, and compares it with what was written.
+
+    Raises:
+        DamagedCheckpointError: on every rank alike: what is missing, changed, or another run's.
+        CheckpointError: a file can't be read although it may be whole, for instance for lack of permission.
+
+    Cost: SHA-256 of 1 / world_size of the checkpoint on each rank, 0.5 to 2 GB/s a core.
+    """
+    comm = comm or LocalComm()
+    index, damage = run_together(comm, lambda: _check_index(path, run_id))
+    if any(comm.control_gather(int(index is None))):
+        raise DamagedCheckpointError(damage or f"{path / INDEX_NAME}: another rank can't read it or finds it changed")
+    names = sorted(index.files)
+    share = range(comm.rank, len(names), comm.world_size)
+    bad = run_together(comm, lambda: [i for i in share if not _is_whole(path / names[i], index.files[names[i]])])
+    first_bad = min(comm.control_gather(bad[0] if bad else len(names)))
+    if first_bad < len(names):
+        raise DamagedCheckpointError(_describe_damage(path / names[first_bad], index.files[names[first_bad]]))
+    return VerifiedCheckpoint(path, index)
+
+
+def _newest_step(run_folder: Path, comm: Comm) -> int:
+    """What rank 0 sees, on every rank: folder listings may differ between machines for a while."""
+    newest = run_together(comm, lambda: max(list_steps(run_folder), default=NO_STEP))
+    return comm.control_gather(newest)[0]
+
+
+def _check_index(path: Path, run_id: str | None) -> tuple[CheckpointIndex | None, str | None]:
+    try:
+        index = read_index(path)
+    except CheckpointError as error:
+        return None, str(error)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None, str(error)
+    if step_name(index.state.step) != path.name:
+        return None, f"{path}: is the checkpoint of step {index.state.step} under another name"
+    if run_id not in (None, index.run.run_id):
+        return None, f"{path}: belongs to run {index.run.run_id}, not to this run {run_id}"
+    return index, None
+
+
+def _is_whole(path: Path, record: FileRecord) -> bool:
+    try:
+        return size_of_regular_file(path) == record.bytes and hash_file(path) == record.sha256
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return False
+
+
+def _describe_damage(path: Path, record: FileRecord) -> str:
+    size_bytes = size_of_regular_file(path)
+    found = "no such file" if size_bytes is None else f"{size_bytes} bytes"
+    if size_bytes == record.bytes:
+        found = "as many bytes, but changed or unreadable ones"
+    return f"{path}: damaged: the index lists {record.bytes} bytes with SHA-256 {record.sha256[:12]}..., found {found}"

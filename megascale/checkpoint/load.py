@@ -1,0 +1,90 @@
+"""Filling tensors from a checkpoint, whatever layout wrote it and whatever layout reads it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import prod
+
+import torch
+
+from megascale.checkpoint.comm import Comm, run_together
+from megascale.checkpoint.find import VerifiedCheckpoint
+from megascale.checkpoint.index import SliceRecord
+from megascale.checkpoint.tensor_file import read_parts
+from megascale.engine.base import StatePiece
+from megascale.errors import CheckpointError
+from megascale.parallel.boxes import intersect_boxes, whole_box
+
+NAMES_SHOWN = 5
+
+
+def load_pieces(checkpoint: VerifiedCheckpoint, pieces: Iterable[StatePiece], *, comm: Comm) -> None:
+    """Fills the tensor of each piece from whichever files hold parts of its box. Every rank calls it.
+
+    The layout that wrote the checkpoint doesn't matter, nor how many ranks it had.
+
+    Raises:
+        CheckpointError: on every rank: a tensor that the checkpoint lacks, has in another shape, or has too much.
+
+    Cost: each rank reads the bytes of its own pieces once.
+    """
+    pieces = list(pieces)
+    run_together(comm, lambda: _check_keys(checkpoint, pieces))
+    _check_nothing_left(checkpoint, pieces, comm)
+    run_together(comm, lambda: _read_pieces(checkpoint, pieces))
+
+
+def read_tensors(checkpoint: VerifiedCheckpoint, prefix: str) -> dict[str, torch.Tensor]:
+    """Whole tensors, by the rest of their key, of all keys that begin with `prefix`, such as `master/`.
+
+    For tools that need the weights without an engine. Memory: all of these tensors in fp32.
+    """
+    tensors, pieces = {}, []
+    for key, record in checkpoint.index.tensors.items():
+        if key.startswith(prefix):
+            tensor = torch.empty(record.shape)
+            tensors[key.removeprefix(prefix)] = tensor
+            pieces.append(StatePiece(key, record.shape, whole_box(record.shape), tensor.view(-1), is_owner=True))
+    _read_pieces(checkpoint, pieces)
+    return tensors
+
+
+def _check_keys(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) -> None:
+    tensors = checkpoint.index.tensors
+    missing = sorted({piece.key for piece in pieces if piece.key not in tensors})
+    if missing:
+        raise CheckpointError(f"{checkpoint.path}: lacks {_name_some(missing)}, which this model and optimizer have")
+    for piece in pieces:
+        if tensors[piece.key].shape != tuple(piece.global_shape):
+            raise CheckpointError(
+                f"{checkpoint.path}: {piece.key} has shape {list(tensors[piece.key].shape)},"
+                f" in this model it is {list(piece.global_shape)}"
+            )
+
+
+def _check_nothing_left(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece], comm: Comm) -> None:
+    """Refuses tensors that no rank wants. Owned boxes cover each wanted tensor once, so counting elements is enough."""
+    tensors = checkpoint.index.tensors
+    wanted = sum(comm.control_gather(sum(piece.box.numel for piece in pieces if piece.is_owner)))
+    if wanted == sum(prod(record.shape) for record in tensors.values()):
+        return
+    mine = {piece.key for piece in pieces}
+    extra = [key for key in sorted(tensors) if not any(comm.control_gather(int(key in mine)))]
+    raise CheckpointError(
+        f"{checkpoint.path}: holds {_name_some(extra)}, which this model and optimizer don't have" if extra
+        else f"{checkpoint.path}: the owned pieces of all ranks don't cover this model exactly once"
+    )
+
+
+def _read_pieces(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) -> None:
+    parts_of_file: dict[str, list[tuple[SliceRecord, StatePiece]]] = defaultdict(list)
+    for piece in pieces:
+        for part in checkpoint.index.tensors[piece.key].slices:
+            if intersect_boxes(part.box, piece.box):
+                parts_of_file[part.file].append((part, piece))
+    for name, parts in parts_of_file.items():
+        read_parts(checkpoint.path / name, parts)
+
+
+def _name_some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - NAMES_SHOWN} more" if len(keys) > NAMES_SHOWN else ""
+    return ", ".join(keys[:NAMES_SHOWN]) + more

@@ -1,0 +1,71 @@
+"""The config on its way out: resolved YAML, its fingerprint, and the JSON schema that editors use."""
+
+import hashlib
+import json
+from typing import Any
+
+import yaml
+
+from megascale.config.schema import RunConfig
+
+SAME_MATHS = (
+    "run.name",
+    "run.folder",
+    "data.folder",
+    "train.micro_batch_size",
+    "train.max_steps",
+    "train.recompute",
+    "train.compile",
+    "train.on_nonfinite",
+    "train.max_skipped_steps",
+    "parallel.",
+    "evaluate.",
+    "checkpoint.",
+    "observe.",
+)
+"""Keys (a dot at the end: whole sections) that may differ when a run is resumed: they set where it lives, how it is laid
+out and what is logged, never what is computed. The corpus has a fingerprint of its own, so its folder may move. A longer
+`train.max_steps` alone changes `optimizer.horizon_steps`, which does count, unless that is given."""
+
+
+def resolved_values(config: RunConfig) -> dict[str, Any]:
+    """The config as plain nested values, with defaults that depend on other fields filled in."""
+    values = config.model_dump(mode="json")
+    model = config.model
+    values["model"] |= {"num_kv_heads": model.kv_heads, "d_ff": model.ffn_dim, "tie_embeddings": model.is_tied,
+                        "bias": model.has_bias}
+    if model.family == "llama":
+        values["model"]["rope_theta"] = model.rotary_base
+    values["optimizer"]["horizon_steps"] = config.optimizer.horizon_steps or config.train.max_steps
+    return values
+
+
+def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flat_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def keeps_maths(key: str) -> bool:
+    """Whether a dotted key may differ between a run and its resumption."""
+    return any(key.startswith(safe) if safe.endswith(".") else key == safe for safe in SAME_MATHS)
+
+
+def config_fingerprint(values: dict[str, Any]) -> str:
+    """SHA-256 over the resolved values that decide what a run computes."""
+    decisive = {key: value for key, value in flat_values(values).items() if not keeps_maths(key)}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Resolved values as YAML that `load_config` reads back."""
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=False)
+
+
+def json_schema() -> str:
+    """JSON schema of the config file, for completion and checks in editors."""
+    schema = RunConfig.model_json_schema()
+    schema["properties"]["base"] = {"type": "string", "description": "Parent config file, relative to this one."}
+    return json.dumps(schema, indent=2) + "\n"

@@ -1,0 +1,81 @@
+"""What the training loop and the checkpoint see of an engine: three values and one protocol."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megascale.parallel.boxes import Box
+
+Objective = Callable[[torch.nn.Module, object, int], torch.Tensor]
+"""(module, micro-batch, step) -> sum of negative log-likelihoods over its label tokens, in nats, fp32 scalar."""
+
+
+@dataclass(frozen=True)
+class StatePiece:
+    """A part of the training state that lives on this rank.
+
+    The same pieces serve saving (read `tensor`) and loading (write into `tensor`), in any layout.
+
+    Attributes:
+        key: kind and global parameter name, such as `master/blocks.0.attention.qkv.weight` or `exp_avg/head.weight`.
+        global_shape: shape of the whole tensor in the unsharded model.
+        box: the part of the global tensor that this piece covers.
+        tensor: live memory of the piece: 1-D, contiguous, fp32, `box.numel` long, row-major within the box.
+        is_owner: whether this rank writes the piece to a checkpoint. Over all ranks the owned boxes of a key tile the
+            global tensor: every element is written once.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    box: Box
+    tensor: torch.Tensor
+    is_owner: bool
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one optimizer step reports, equal on every rank.
+
+    Attributes:
+        loss: mean negative log-likelihood per label token over the global batch, in nats.
+        grad_norm: L2 norm of the whole gradient before clipping; infinite where it isn't finite.
+        num_tokens: label tokens in the global batch (padding excluded).
+        loss_scale: the fp16 loss scale that the step used, 1.0 in other precisions.
+        is_skipped: whether the parameters were left as they were, because a value wasn't finite.
+        is_overflow: whether it was skipped for an fp16 overflow that a lower loss scale may cure.
+        faults: what wasn't finite and on which rank, such as `rank 1: gradient of head.weight`.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    loss_scale: float = 1.0
+    is_skipped: bool = False
+    is_overflow: bool = False
+    faults: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """Runs forward, backward and the sharded update; the only object that changes parameters."""
+
+    def train_step(self, micro_batches: Sequence, *, step: int, num_tokens: int, learning_rate: float) -> StepOutput:
+        """Runs one optimizer step over this replica's micro-batches.
+
+        Args:
+            step: number of the step, from 0; dropout is a function of it.
+            num_tokens: label tokens of the global batch, by which the loss is divided.
+        """
+
+    def evaluate(self, batch) -> float:
+        """Sum of negative log-likelihoods in nats over this replica's batch, without dropout."""
+
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """The fp32 master weights and optimizer moments that live on this rank."""
+
+    def scalars(self) -> dict[str, float]:
+        """The scalar part of the optimizer's state: its step count and, in fp16, the loss scaler's values."""
+
+    def restore_scalars(self, scalars: dict[str, float]) -> None:
+        """Puts back what `scalars` gave, and refreshes the parameters from the loaded master weights."""

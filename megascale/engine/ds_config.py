@@ -1,0 +1,40 @@
+"""The only speller of DeepSpeed's config keys.
+
+DeepSpeed ignores a misspelt top-level key and has defaults that change results (clipping at 1.0, bf16 accumulation and
+communication), so the dict is made here from our own config and never written by a user.
+"""
+
+from typing import Any
+
+
+def deepspeed_config(
+    *, zero_stage: int, dtype: str, clip_norm: float, micro_batch_size: int, initial_loss_scale_log2: int,
+    loss_scale_window_steps: int,
+) -> dict[str, Any]:
+    """DeepSpeed's config for ZeRO-2 and ZeRO-3 with fp32 masters, accumulation and communication of gradients.
+
+    Accumulation is unmanaged: the engine is given any number of backward passes and then one step.
+    """
+    precision: dict[str, Any] = {}
+    if dtype == "bf16":
+        precision["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    elif dtype == "fp16":
+        precision["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": initial_loss_scale_log2,
+            "loss_scale_window": loss_scale_window_steps,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": {"stage": zero_stage, "contiguous_gradients": True, "reduce_scatter": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        **precision,
+    }

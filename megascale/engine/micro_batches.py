@@ -1,0 +1,69 @@
+"""The part of a step that every engine shares: its micro-batches, forward and backward, and who met a bad value."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megascale.engine.base import Objective
+from megascale.parallel.mesh import Mesh
+
+NO_FAULT, LOSS_FAULT, FIRST_GRADIENT_FAULT = 0, 1, 2
+
+
+def run_micro_batches(
+    module: torch.nn.Module,
+    micro_batches: Sequence,
+    objective: Objective,
+    step: int,
+    scale: float,
+    device: torch.device,
+    backward: Callable[[torch.Tensor], None],
+) -> torch.Tensor:
+    """Accumulates the gradient of `scale` x (sum of losses) over the micro-batches.
+
+    A loss that isn't finite makes its gradient so too (inf x 0 = NaN), so that the check of the gradient norm, which
+    every rank sees, covers both.
+
+    Returns:
+        Sum of negative log-likelihoods in nats over this rank's label tokens, fp32 scalar on the device.
+    """
+    module.train()
+    total = torch.zeros((), device=device)
+    for micro_batch in micro_batches:
+        loss = objective(module, micro_batch.to(device), step)
+        total += loss.detach()
+        backward(loss * (scale * (1.0 + 0.0 * loss.detach())))
+    return total
+
+
+@torch.no_grad()
+def evaluate_batch(
+    module: torch.nn.Module, batch, objective: Objective, device: torch.device
+) -> float:
+    """Sum of negative log-likelihoods in nats over a batch, without dropout."""
+    module.eval()
+    return objective(module, batch.to(device), 0).item()
+
+
+def mean_loss(total: torch.Tensor, num_tokens: int, group: dist.ProcessGroup) -> tuple[float, bool]:
+    """Mean loss over the replicas, and whether this rank's own part of it was finite."""
+    own_is_finite = bool(torch.isfinite(total))
+    dist.all_reduce(total, group=group)
+    return total.item() / num_tokens, own_is_finite
+
+
+def gather_faults(mesh: Mesh, own_loss_is_finite: bool, bad_parameter: int, names: Sequence[str]) -> tuple[str, ...]:
+    """Tells every rank what wasn't finite on which rank.
+
+    Args:
+        bad_parameter: index in `names` of this rank's first parameter with a bad gradient, -1 for none.
+    """
+    own = LOSS_FAULT if not own_loss_is_finite else FIRST_GRADIENT_FAULT + bad_parameter if bad_parameter >= 0 else 0
+    faults = []
+    for rank, code in enumerate(mesh.control_gather(own)):
+        if code == LOSS_FAULT:
+            faults.append(f"rank {rank}: loss")
+        elif code >= FIRST_GRADIENT_FAULT:
+            faults.append(f"rank {rank}: gradient of {names[code - FIRST_GRADIENT_FAULT]}")
+    return tuple(faults) or ("the gradient norm, though each rank's own gradient is finite: their sum overflows",)

@@ -1,0 +1,57 @@
+"""Every error that a user can meet, one class per kind of fault, each with the exit code of the command.
+
+A message says what was asked, the numbers, the rule, the nearest legal choice and the file, so that it can be
+mended without reading the code. The command line prints the message alone; a traceback is for our own bugs.
+"""
+
+EXIT_OK = 0
+EXIT_USER = 2
+"""The config, the data, the checkpoint or the call is at fault: nothing was started, nothing was written."""
+EXIT_RUN = 3
+"""The run itself failed: a rank died, or a loss or gradient was not finite."""
+EXIT_STOPPED = 75
+"""Asked to stop, saved, and can be resumed by the same command (EX_TEMPFAIL of sysexits.h)."""
+
+
+class MegascaleError(Exception):
+    """Base of all errors that carry a message for the user."""
+
+    exit_code = EXIT_RUN
+
+
+class ConfigError(MegascaleError):
+    """A config file, an override or a combination of values that can't be run."""
+
+    exit_code = EXIT_USER
+
+
+class DataError(MegascaleError):
+    """A corpus, tokenizer or shard that is missing, damaged or doesn't fit the model."""
+
+    exit_code = EXIT_USER
+
+
+class CheckpointError(MegascaleError):
+    """A checkpoint that is missing, damaged, or belongs to another run."""
+
+    exit_code = EXIT_USER
+
+
+class LaunchError(MegascaleError):
+    """Ranks that can't be started as asked on this machine."""
+
+    exit_code = EXIT_USER
+
+
+class NonFiniteError(MegascaleError):
+    """A loss or gradient was NaN or infinite, and the policy is to stop."""
+
+
+class RankFailedError(MegascaleError):
+    """A rank of the run died or reported an error of its own."""
+
+
+class StopRequested(MegascaleError):
+    """The run was asked to stop; its state is saved and the same command resumes it."""
+
+    exit_code = EXIT_STOPPED

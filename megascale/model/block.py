@@ -1,0 +1,51 @@
+"""The repeated layer: attention and feed-forward, each behind a norm and added to the residual stream.
+
+Shapes: B rows, T positions, D d_model.
+"""
+
+import torch
+from torch import nn
+
+from megascale.config.model import ModelConfig
+from megascale.model.attention import Attention
+from megascale.model.context import Context
+from megascale.model.dropout import Dropout
+from megascale.model.recompute import run_recomputed
+
+
+class Block(nn.Module):
+    """x = x + attention(norm(x)); x = x + feed_forward(norm(x)).
+
+    Attributes:
+        recompute: which activations the backward pass computes again, see `recompute.py`.
+
+    Shape: (B, T, D) to (B, T, D).
+    Source: pre-norm order of GPT-2, Radford et al. 2019, section 2.3.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        name: str,
+        attention_norm: nn.Module,
+        feed_forward_norm: nn.Module,
+        feed_forward: nn.Module,
+    ):
+        super().__init__()
+        self.recompute = "none"
+        self.attention_norm = attention_norm
+        self.attention = Attention(config)
+        self.attention_dropout = Dropout(config.dropout, site=f"{name}.attention")
+        self.feed_forward_norm = feed_forward_norm
+        self.feed_forward = feed_forward
+        self.feed_forward_dropout = Dropout(config.dropout, site=f"{name}.feed_forward")
+
+    def forward(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        return run_recomputed(self.recompute, self.update, hidden_BTD, context)
+
+    def update(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        """The block itself, without a thought for memory."""
+        attended_BTD = self.attention(self.attention_norm(hidden_BTD), context)
+        hidden_BTD = hidden_BTD + self.attention_dropout(attended_BTD, context)
+        fed_BTD = self.feed_forward(self.feed_forward_norm(hidden_BTD))
+        return hidden_BTD + self.feed_forward_dropout(fed_BTD, context)

@@ -1,0 +1,44 @@
+"""The position-wise layers between attentions.
+
+Shapes: B rows, T positions, D d_model, F d_ff.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megascale.config.model import ModelConfig
+from megascale.model.linear import Linear
+
+
+class GeluFeedForward(nn.Module):
+    """Two linear layers with GELU, in its tanh form, between them.
+
+    Shape: (B, T, D) to (B, T, D).
+    Source: Hendrycks and Gimpel 2016; the form of GPT-2.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = Linear(config.d_model, config.ffn_dim, bias=config.has_bias)
+        self.output = Linear(config.ffn_dim, config.d_model, bias=config.has_bias)
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return self.output(F.gelu(self.up(hidden_BTD), approximate="tanh"))
+
+
+class SwiGluFeedForward(nn.Module):
+    """silu(gate) * up, projected back; gate and up come from one product with a weight stacked as (2, F, D).
+
+    Shape: (B, T, D) to (B, T, D).
+    Source: Shazeer 2020, section 2.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2, config.ffn_dim, bias=config.has_bias)
+        self.output = Linear(config.ffn_dim, config.d_model, bias=config.has_bias)
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        gate_BTF, up_BTF = self.gate_up(hidden_BTD).chunk(2, dim=-1)
+        return self.output(F.silu(gate_BTF) * up_BTF)

@@ -1,0 +1,111 @@
+"""Sampling: continues prompts token by token.
+
+Shapes: B rows, T positions, V padded vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megascale.errors import DataError
+from megascale.model.seeds import derive_seed
+from megascale.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token (greedy), 1 the model's own distribution.
+        top_k: keep the k likeliest tokens only.
+        top_p: keep the fewest likeliest tokens that hold this share of the probability (Holtzman et al. 2020).
+        seed: decides every draw; row i draws from its own stream, whatever the other rows are.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    eos_token: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields, step by step, the next token of each prompt, and None for rows that are done.
+
+    A row is done once it has drawn `eos_token`, which is the last token that it yields. Prompts may differ in length.
+    The model sees at most the last `max_seq_len` tokens of a row. It must be in eval mode for dropout to be off.
+
+    Raises:
+        DataError: a prompt is empty, or has a token outside the vocabulary.
+
+    Cost: a forward pass over the whole window for each token, as nothing is cached.
+    """
+    check_prompts(prompts, model.config.vocab_size)
+    sampling = sampling or Sampling()
+    device = next(model.parameters()).device
+    rows = [list(prompt) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(derive_seed(sampling.seed, row)) for row in range(len(rows))]
+    is_done = [False] * len(rows)
+    for _ in range(max_new_tokens):
+        tokens_BT, last_B = window_of(rows, model.config.max_seq_len)
+        logits_BV = model.next_logits(tokens_BT.to(device), last_B.to(device)).float().cpu()
+        drawn = [
+            None if done else draw_token(logits_V, sampling, generator)
+            for done, logits_V, generator in zip(is_done, logits_BV, generators, strict=True)
+        ]
+        for index, token in enumerate(drawn):
+            if token is not None:
+                rows[index].append(token)
+                is_done[index] = token == eos_token
+        yield drawn
+        if all(is_done):
+            return
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuses prompts that the model can't read.
+
+    Raises:
+        DataError: a prompt is empty, or has a token outside the vocabulary.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {index} is empty; give at least one token")
+        worst = max(prompt, key=lambda token: abs(token - vocab_size / 2))
+        if not 0 <= worst < vocab_size:
+            raise DataError(
+                f"prompt {index} holds token {worst}, outside of model.vocab_size = {vocab_size}; "
+                "use the tokenizer that the model was trained with"
+            )
+
+
+def window_of(rows: list[list[int]], max_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last tokens of each row as one tensor, and where each row ends in it.
+
+    Shorter rows are padded on the right, where causal attention can't see it.
+    """
+    windows = [torch.tensor(row[-max_positions:]) for row in rows]
+    last_B = torch.tensor([len(window) - 1 for window in windows])
+    return torch.nn.utils.rnn.pad_sequence(windows, batch_first=True), last_B
+
+
+def draw_token(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draws one token id from fp32 logits."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probs_V, ids_V = (logits_V / sampling.temperature).softmax(dim=-1).sort(descending=True, stable=True)
+    if sampling.top_k is not None:
+        probs_V[sampling.top_k :] = 0
+    if sampling.top_p is not None:
+        # A token stays if those before it don't yet hold the share; the likeliest always stays.
+        share_before_V = probs_V.cumsum(dim=-1) - probs_V
+        probs_V[1:][share_before_V[1:] >= sampling.top_p * probs_V.sum()] = 0
+    return int(ids_V[torch.multinomial(probs_V, 1, generator=generator)])

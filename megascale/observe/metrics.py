@@ -1,0 +1,94 @@
+"""The two records that a run logs, and how they look in `metrics.jsonl` and in W&B."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One logged optimizer step.
+
+    Attributes:
+        step: number of completed steps, counted from the start of the run, through all resumes.
+        loss: mean negative log-likelihood per label token over the step's global batch, in nats.
+        learning_rate: learning rate of the step.
+        grad_norm: L2 norm of the whole gradient before clipping.
+        tokens_seen: label tokens that the run has trained on so far, this step included.
+        step_s: seconds per step, and
+        tokens_per_s: label tokens per second over all ranks, both over the last steps (evaluation and saves left out).
+        mfu_fraction: model FLOPs per second over the peak of the devices; None when the peak isn't known.
+        eta_s: seconds of training left at this speed; None before the first measured step.
+        loss_scale: fp16 loss scale of the step; 1.0 in other precisions.
+        is_skipped: whether a non-finite value made the engine leave the parameters as they were.
+        unix_s: wall-clock time of the record.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_seen: int
+    step_s: float
+    tokens_per_s: float
+    mfu_fraction: float | None
+    eta_s: float | None
+    loss_scale: float
+    is_skipped: bool
+    unix_s: float
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation on the validation split; the first four fields are as in `build_eval_record`.
+
+    Attributes:
+        perplexity: exp(loss); infinite where that leaves the range of a float.
+        bits_per_byte: loss in bits per byte of text, comparable between tokenizers; None when the bytes aren't known.
+    """
+
+    step: int
+    loss: float
+    num_tokens: int
+    eval_s: float
+    perplexity: float
+    bits_per_byte: float | None
+    unix_s: float
+
+
+def build_eval_record(
+    step: int, loss: float, num_tokens: int, num_bytes: int | None, eval_s: float, unix_s: float
+) -> EvalRecord:
+    """Derives perplexity and bits per byte.
+
+    Args:
+        step: completed steps of the evaluated model.
+        loss: mean negative log-likelihood per label token, in nats.
+        num_tokens: label tokens evaluated.
+        num_bytes: bytes of UTF-8 text that those tokens stand for, or None when that isn't known.
+        eval_s: seconds that the evaluation took.
+        unix_s: wall-clock time.
+    """
+    perplexity = math.exp(loss) if loss < 700.0 else math.inf
+    bits_per_byte = loss / math.log(2.0) * num_tokens / num_bytes if num_bytes else None
+    return EvalRecord(step, loss, num_tokens, eval_s, perplexity, bits_per_byte, unix_s)
+
+
+def to_json_line(record: TrainRecord | EvalRecord) -> str:
+    """Renders a record as one line of strict JSON; floats survive to the bit, NaN and infinity become null."""
+    fields = {"kind": "train" if isinstance(record, TrainRecord) else "eval", **asdict(record)}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def merge_rows(lines: list[dict]) -> list[tuple[int, dict]]:
+    """Merges the lines of each step into one W&B row `{"train/loss": .., "eval/loss": ..}`, ordered by step."""
+    rows: dict[int, dict] = {}
+    for line in lines:
+        row = rows.setdefault(line["step"], {})
+        for name, value in line.items():
+            if name == "unix_s":
+                row["_timestamp"] = value
+            elif name not in ("kind", "step") and value is not None:
+                row[f"{line['kind']}/{name}"] = value
+    return sorted(rows.items())

@@ -1,0 +1,137 @@
+"""Process groups of a run: the only object that knows other ranks exist. It is made once and passed as an argument."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megascale.errors import LaunchError
+from megascale.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where this process stands, as torchrun's environment says it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the layout, its groups and its device.
+
+    Attributes:
+        dp_group: the ranks that hold other replicas of what this rank holds; ZeRO shards over it.
+        self_group: a group of this rank alone, for code that wants a group where nothing is shared.
+        control_group: all ranks over gloo on CPU tensors, so that small decisions never wait for a GPU.
+    """
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    dp_group: dist.ProcessGroup
+    self_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.layout.coordinates(self.rank)["dp"]
+
+    def control_sum(self, values: list[int], dtype: torch.dtype = torch.int64) -> list:
+        """Adds up a few numbers over all ranks. Cost: one all-reduce of 8 bytes a value on CPU."""
+        totals = torch.tensor(values, dtype=dtype)
+        dist.all_reduce(totals, group=self.control_group)
+        return totals.tolist()
+
+    def control_gather(self, value: int) -> list[int]:
+        """One whole number of every rank, in rank order. Cost: one all-gather of 8 bytes a rank on CPU."""
+        values = torch.empty(self.world_size, dtype=torch.int64)
+        dist.all_gather(list(values.split(1)), torch.tensor([value]), group=self.control_group)
+        return values.tolist()
+
+    def all_true(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank."""
+        return self.control_sum([int(not flag)])[0] == 0
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        self.control_sum([0])
+
+
+def read_rank_info(environment: dict[str, str]) -> RankInfo:
+    """Reads the place of this process from the variables that torchrun and `megascale train` set.
+
+    Raises:
+        LaunchError: a variable is missing or not a number.
+    """
+    try:
+        return RankInfo(*(int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    except (KeyError, ValueError) as error:
+        raise LaunchError(f"this rank's environment lacks a usable {error}; start it with `megascale train`") from None
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU on a machine without any.
+
+    Raises:
+        LaunchError: more ranks on this machine than it has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()};"
+            f" use at most {torch.cuda.device_count()} ranks here, or hide the GPUs to train on the CPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_mesh(layout: Layout, info: RankInfo, timeout_s: float = 1800.0) -> Mesh:
+    """Joins the other ranks and makes the groups. Every rank calls it once.
+
+    Each attempt of a run has its own prefix in the rendezvous store: after a restart gloo would otherwise read the
+    addresses of ranks that are gone.
+    """
+    device = pick_device(info.local_rank)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), info.world_size,
+        is_master=info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", timeout=timeout,
+    )
+    attempt = os.environ.get("MEGASCALE_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=info.rank, world_size=info.world_size, timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return Mesh(
+        layout=layout,
+        rank=info.rank,
+        device=device,
+        dp_group=_own_group(layout.groups_along(("dp", "cp")), info.rank),
+        self_group=dist.new_group([info.rank], use_local_synchronization=True),
+        control_group=dist.new_group(backend="gloo"),
+    )
+
+
+def close_mesh() -> None:
+    """Leaves the process groups; safe to call more than once."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
+    """Makes every group, as all ranks must in the same order, and returns the one that holds this rank."""
+    made = [(ranks, dist.new_group(ranks)) for ranks in groups]
+    return next(group for ranks, group in made if rank in ranks)

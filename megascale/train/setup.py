@@ -1,0 +1,179 @@
+"""From a config to everything that the loop needs, straight down: ranks, data, model, engine, state, logs."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megascale.checkpoint.comm import run_on_rank_zero
+from megascale.checkpoint.compare import check_same_run
+from megascale.checkpoint.index import RunRecord, code_versions
+from megascale.checkpoint.lease import RunLease
+from megascale.checkpoint.find import VerifiedCheckpoint, find_checkpoint
+from megascale.checkpoint.load import load_pieces
+from megascale.checkpoint.state import RunState
+from megascale.config.derive import Derived, derive, describe
+from megascale.config.dump import config_fingerprint, keeps_maths, resolved_values
+from megascale.config.schema import RunConfig
+from megascale.data.loader import Loader
+from megascale.data.order import RowOrder
+from megascale.data.rows import CorpusRows, open_rows
+from megascale.engine.base import Engine
+from megascale.engine.build import build_engine
+from megascale.model.flops import num_parameters, train_flops_per_token
+from megascale.model.recompute import set_recompute
+from megascale.model.sharding import is_decayed
+from megascale.model.transformer import build_model, compile_blocks
+from megascale.observe.console import ConsoleSink
+from megascale.observe.jsonl import JsonlSink
+from megascale.observe.logger import Logger
+from megascale.observe.peaks import peak_bf16_flops
+from megascale.observe.run_files import Session, append_session
+from megascale.observe.throughput import StepTimer
+from megascale.observe.wandb_sink import WandbSink, build_run_id
+from megascale.optim.optimizer import build_adamw, parameter_groups
+from megascale.parallel.layout import Layout
+from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
+from megascale.train.objective import causal_objective
+from megascale.train.run_folder import claim_run_folder, describe_run_folder
+from megascale.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train: what stays the same from its first step to its last.
+
+    Attributes:
+        start: the state that this session begins with.
+        saved_step: step of the checkpoint that it came from, None for a fresh start.
+        record: what every checkpoint says about the run.
+    """
+
+    config: RunConfig
+    derived: Derived
+    folder: Path
+    mesh: Mesh
+    loader: Loader
+    validation: CorpusRows
+    engine: Engine
+    start: RunState
+    saved_step: int | None
+    record: RunRecord
+    lease: RunLease | None
+    logger: Logger
+    timer: StepTimer
+    stop: StopRequest
+
+
+def set_up(config: RunConfig, info: RankInfo, stop: StopRequest, *, is_fresh: bool) -> Run:
+    """Builds a run on this rank, resumed from its newest whole checkpoint when there is one. Every rank calls it.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, LaunchError: before anything was written but the claim on the folder.
+    """
+    derived = derive(config, info.world_size)
+    train_rows = _open_split(config, "train")
+    validation_rows = _open_split(config, "validation")
+    folder = Path(config.run.folder)
+
+    mesh = build_mesh(Layout(dp=derived.dp), info)
+    order = RowOrder(train_rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
+    loader = Loader(
+        train_rows, order, derived.rows_per_step, config.train.micro_batch_size, mesh.dp_rank, derived.dp
+    )
+    record, lease = claim_run_folder(folder, mesh, _describe_run(config, train_rows, validation_rows), is_fresh)
+    checkpoint = find_checkpoint(folder, run_id=record.run_id, comm=mesh)
+    if checkpoint is not None:
+        check_same_run(checkpoint.index.run, record, keeps_maths)
+    run_on_rank_zero(mesh, lambda: describe_run_folder(folder, record, train_rows.manifest.tokenizer_path))
+
+    engine = _build_engine(config, mesh)
+    start = _load_state(checkpoint, engine, mesh)
+    logger, timer = _build_observers(config, derived, folder, mesh, start, checkpoint)
+    return Run(
+        config, derived, folder, mesh, loader, validation_rows, engine, start,
+        start.step if checkpoint else None, record, lease, logger, timer, stop,
+    )
+
+
+def _open_split(config: RunConfig, split: str) -> CorpusRows:
+    return open_rows(config.data.folder, split, config.train.seq_len, config.model.vocab_size)
+
+
+def _describe_run(config: RunConfig, train_rows: CorpusRows, validation_rows: CorpusRows) -> RunRecord:
+    """What the run is; `claim_run_folder` fills in which."""
+    values = resolved_values(config)
+    return RunRecord(
+        run_id="unclaimed",
+        config=values,
+        config_fingerprint=config_fingerprint(values),
+        data_fingerprints={rows.manifest.split: rows.manifest.fingerprint for rows in (train_rows, validation_rows)},
+        code=code_versions(),
+    )
+
+
+def _build_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    optimizer_config = config.optimizer
+    model = build_model(config.model, config.run.seed)
+    set_recompute(model, config.train.recompute)
+    if config.train.compile:
+        compile_blocks(model)
+    groups = parameter_groups(model.named_parameters(), optimizer_config.weight_decay, is_decayed)
+    optimizer = build_adamw(
+        groups,
+        learning_rate=optimizer_config.learning_rate,
+        beta1=optimizer_config.beta1,
+        beta2=optimizer_config.beta2,
+        eps=optimizer_config.eps,
+    )
+    return build_engine(
+        model, optimizer, causal_objective(config.model, config.run.seed), mesh, config.precision,
+        zero_stage=config.parallel.zero_stage,
+        clip_norm=optimizer_config.clip_norm,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+
+
+def _load_state(checkpoint: VerifiedCheckpoint | None, engine: Engine, mesh: Mesh) -> RunState:
+    if checkpoint is None:
+        return RunState.at_start(wandb_run_id=build_run_id() if mesh.rank == 0 else None)
+    load_pieces(checkpoint, engine.state_pieces(), comm=mesh)
+    state = checkpoint.index.state
+    engine.restore_scalars(state.optimizer_scalars)
+    return state
+
+
+def _build_observers(
+    config: RunConfig, derived: Derived, folder: Path, mesh: Mesh, start: RunState,
+    checkpoint: VerifiedCheckpoint | None,
+) -> tuple[Logger, StepTimer]:
+    """The logs, on rank 0 only, and the timer."""
+    device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
+    peak = config.observe.peak_flops_per_device or peak_bf16_flops(device_name)
+    timer = StepTimer(
+        train_flops_per_token(config.model, config.train.seq_len), peak * derived.world_size if peak else None
+    )
+    if mesh.rank:
+        return Logger(), timer
+    facts = dict(describe(config, derived)) | {"parameters": f"{num_parameters(config.model):,}"}
+    for name, value in facts.items():
+        print(f"{name:>18}  {value}", flush=True)
+    if checkpoint is not None:
+        for reason in checkpoint.rejected:
+            print(f"warning: passed over a damaged checkpoint: {reason}", flush=True)
+        print(f"resuming from {checkpoint.path} at step {start.step}", flush=True)
+    append_session(folder, Session(
+        unix_s=time.time(),
+        resumed_step=start.step,
+        world_size=derived.world_size,
+        layout={"dp": derived.dp, "zero_stage": config.parallel.zero_stage},
+        versions=code_versions(),
+        facts=facts,
+    ))
+    sinks = (
+        ConsoleSink(config.train.max_steps),
+        JsonlSink(folder, start.step),
+        WandbSink(config.observe.wandb, start.wandb_run_id, folder, start.step, resolved_values(config)),
+    )
+    return Logger(sinks), timer

@@ -1,0 +1,44 @@
+"""Every config field is documented, and read by code outside the config layer."""
+
+import ast
+import json
+
+from pydantic import BaseModel
+
+from megascale.config.dump import json_schema
+from megascale.config.schema import RunConfig
+from tests.architecture.test_layers import ROOT, module_name, sources, tree
+
+
+def sections(model: type[BaseModel], prefix: str = ""):
+    """(dotted key, field) of every field of a section and the sections inside it."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from sections(field.annotation, f"{prefix}{name}.")
+
+
+def test_every_field_is_documented():
+    for key, field in sections(RunConfig):
+        assert field.description, f"{key} has no docstring"
+        assert field.description.rstrip().endswith("."), f"{key}: a sentence ends with a full stop"
+
+
+def test_every_field_is_used():
+    """A field that nothing reads is a promise not kept. Attribute access by its name counts as a use."""
+    uses = {
+        node.attr
+        for path in sources()
+        if not module_name(path).startswith("megascale.config.")
+        or path.stem in {"validate", "derive", "dump", "model"}
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+    }
+    unused = [key for key, _ in sections(RunConfig) if key.rpartition(".")[2] not in uses]
+    assert not unused, f"nothing reads {unused}"
+
+
+def test_the_schema_in_the_repository_is_current():
+    """`megascale schema` writes it; an editor's completion must not lie."""
+    committed = (ROOT / "configs" / "schema.json").read_text(encoding="utf-8")
+    assert json.loads(committed) == json.loads(json_schema()), "run: megascale schema > configs/schema.json"

@@ -1,0 +1,78 @@
+"""Starts gloo ranks for distributed tests: one helper, so that a hung test always ends and shows every rank's stack."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Environment of one rank, as a launcher sets it."""
+    return os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY),
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1",
+    }
+
+
+def run_ranks(module: str, world_size: int, arguments: list[str], folder: Path, timeout_s: float = 120) -> list[str]:
+    """Runs `python -m module ARGUMENTS` on each rank and returns what each printed to standard output.
+
+    A rank that fails, or a time limit passed, ends all of them; the error shows the end of every rank's output, and for
+    a hang the Python stacks (SIGABRT makes faulthandler print them).
+    """
+    port = free_port()
+    files = [open(folder / f"rank_{rank}.{kind}", "w+") for rank in range(world_size) for kind in ("out", "err")]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], env=rank_environment(rank, world_size, port), cwd=REPOSITORY,
+            stdout=files[2 * rank], stderr=files[2 * rank + 1],
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        failed = _wait(ranks, timeout_s)
+        texts = [_read(file) for file in files]
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+        for file in files:
+            file.close()
+    if failed:
+        shown = "\n".join(f"--- rank {i // 2} {('out', 'err')[i % 2]}\n{text[-3000:]}" for i, text in enumerate(texts))
+        raise AssertionError(f"{module} {arguments}: {failed}\n{shown}")
+    return texts[::2]
+
+
+def _wait(ranks: list[subprocess.Popen], timeout_s: float) -> str | None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in ranks]
+        if any(code not in (None, 0) for code in codes):
+            time.sleep(0.5)
+            return f"exit codes {[process.poll() for process in ranks]}"
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.02)
+    for process in ranks:
+        process.send_signal(6)
+    time.sleep(1)
+    return f"no end after {timeout_s} s"
+
+
+def _read(file) -> str:
+    file.flush()
+    file.seek(0)
+    return file.read()

@@ -1,0 +1,31 @@
+"""A tiny model and random rows for tests that need something to train on, without files."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+
+from megascale.config.model import ModelConfig
+from megascale.data.batch import Batch
+
+TINY_LLAMA = ModelConfig(
+    family="llama", num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61, max_seq_len=32
+)
+
+
+def random_rows(vocab_size: int, num_rows: int, seq_len: int, seed: int) -> SimpleNamespace:
+    """Learnable rows (each odd token repeats the one before); the last label tokens of row i are padding, i % 3."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, (num_rows, seq_len + 1), generator=generator)
+    tokens[:, 1::2] = tokens[:, 0:-1:2]
+    labels = tokens[:, 1:].clone()
+    for row in range(num_rows):
+        if row % 3:
+            labels[row, -(row % 3):] = -100
+    return SimpleNamespace(tokens=tokens[:, :-1].contiguous(), labels=labels)
+
+
+def batch_of_rows(rows: SimpleNamespace, numbers: Sequence[int]) -> Batch:
+    """A batch of some of the rows."""
+    index = torch.tensor(list(numbers))
+    return Batch(tokens_BT=rows.tokens[index], labels_BT=rows.labels[index], row_numbers_B=index)

@@ -1,0 +1,109 @@
+"""Two jobs on one run folder: the second is refused while the first lives, and takes over when it is dead."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from megascale.checkpoint.lease import LEASE_NAME, RunLease
+from megascale.errors import CheckpointError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megascale.checkpoint.lease import RunLease
+lease = RunLease.take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def pretend_other_machine(run_folder):
+    path = run_folder / LEASE_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "boot_id": "elsewhere", "host": "node7"}))
+
+
+def test_the_second_job_is_refused_with_the_first_one_named(tmp_path, holder):
+    with pytest.raises(CheckpointError, match=rf"is in use by process {holder.pid} on .+, since .+ run\.folder"):
+        RunLease.take(tmp_path)
+
+
+def test_death_gives_the_folder_back_at_once(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with RunLease.take(tmp_path, stale_s=30.0) as lease:
+        lease.check_held()
+        assert json.loads((tmp_path / LEASE_NAME).read_text())["pid"] == os.getpid()
+
+
+def test_release_gives_the_folder_back(tmp_path):
+    for _ in range(2):
+        lease = RunLease.take(tmp_path)
+        lease.release()
+        lease.release()
+    assert (tmp_path / LEASE_NAME).read_text() == ""
+
+
+def test_a_silent_holder_on_another_machine_is_taken_over_after_a_while(tmp_path):
+    with RunLease.take(tmp_path):
+        text = (tmp_path / LEASE_NAME).read_text()
+    (tmp_path / LEASE_NAME).write_text(text)
+    pretend_other_machine(tmp_path)
+    start = time.monotonic()
+    with RunLease.take(tmp_path, stale_s=0.4):
+        assert time.monotonic() - start >= 0.4
+
+
+def test_a_beating_holder_on_another_machine_is_not(tmp_path):
+    path = tmp_path / LEASE_NAME
+    with RunLease.take(tmp_path):
+        text = path.read_text()
+    path.write_text(text)
+    pretend_other_machine(tmp_path)
+    beat = threading.Timer(0.2, os.utime, [path])
+    beat.start()
+    with pytest.raises(CheckpointError, match="on node7"):
+        RunLease.take(tmp_path, stale_s=5.0)
+    beat.join()
+
+
+def test_a_holder_that_was_replaced_notices_and_stops_beating(tmp_path):
+    """A job that was frozen while another took its folder must not commit; `check_held` says so."""
+    path = tmp_path / LEASE_NAME
+    lease = RunLease.take(tmp_path, heartbeat_s=0.05)
+    before = path.stat().st_mtime_ns
+    time.sleep(0.2)
+    assert path.stat().st_mtime_ns > before
+    pretend_other_machine(tmp_path)
+    time.sleep(0.2)
+    stopped = path.stat().st_mtime_ns
+    time.sleep(0.2)
+    assert path.stat().st_mtime_ns == stopped
+    with pytest.raises(CheckpointError, match="on node7"):
+        lease.check_held()
+    lease.release()
+    assert "node7" in path.read_text()
+
+
+def test_a_damaged_lease_without_a_lock_is_nobodys(tmp_path):
+    (tmp_path / LEASE_NAME).write_text('{"host": ')
+    RunLease.take(tmp_path).release()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="missing/lease.json: can't take the run folder: No such file"):
+        RunLease.take(tmp_path / "missing")

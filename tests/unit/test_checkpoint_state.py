@@ -1,0 +1,75 @@
+"""The state of a run: how it advances, and that JSON carries it unchanged."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from megascale.checkpoint.index import parse_record, to_json
+from megascale.checkpoint.state import RunState
+from megascale.engine.base import StepOutput
+from megascale.errors import CheckpointError
+
+START = RunState.at_start("run-1")
+counts = st.integers(0, 2**62)
+states = st.builds(
+    RunState, step=counts, rows=counts, tokens=counts, skipped_steps=counts, skipped_in_a_row=counts,
+    evaluated_step=counts, wandb_run_id=st.none() | st.text(),
+    optimizer_scalars=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
+)
+
+
+def output(is_skipped: bool) -> StepOutput:
+    return StepOutput(loss=1.0, grad_norm=1.0, num_tokens=100, is_skipped=is_skipped, loss_scale=1.0)
+
+
+def test_a_skipped_step_reads_rows_but_trains_on_no_tokens():
+    state = START.advance(output(False), 8).advance(output(True), 8).advance(output(True), 8)
+    assert (state.step, state.rows, state.tokens) == (3, 24, 100)
+    assert (state.skipped_steps, state.skipped_in_a_row) == (2, 2)
+    state = state.advance(output(False), 8)
+    assert (state.skipped_steps, state.skipped_in_a_row) == (2, 0)
+
+
+@settings(deadline=None, max_examples=300)
+@given(states)
+def test_json_carries_every_bit(state):
+    back = parse_record(RunState, to_json(state.model_dump()), Path("x"))
+    assert back == state
+    assert {k: v.hex() for k, v in back.optimizer_scalars.items()} == {
+        k: v.hex() for k, v in state.optimizer_scalars.items()
+    }
+
+
+@pytest.mark.parametrize("name", RunState.model_fields)
+def test_a_missing_field_is_refused_by_name(name):
+    values = START.model_dump()
+    del values[name]
+    with pytest.raises(CheckpointError, match=f"state.json: {name}: Field required"):
+        parse_record(RunState, to_json(values), Path("state.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("surprise", 1), ("step", "3"), ("step", 3.5), ("step", -1), ("step", True), ("wandb_run_id", 5)],
+)
+def test_unknown_fields_and_wrong_types_are_refused_by_name(name, value):
+    with pytest.raises(CheckpointError, match=f"state.json: {name}: "):
+        parse_record(RunState, to_json({**START.model_dump(), name: value}), Path("state.json"))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_scalars_that_are_not_finite_are_refused(number):
+    text = json.dumps({**START.model_dump(), "optimizer_scalars": {"loss_scale": 0}}).replace("0}}", f"{number}}}}}")
+    with pytest.raises(CheckpointError, match=r"optimizer_scalars\.loss_scale"):
+        parse_record(RunState, text.encode(), Path("x"))
+
+
+def test_changes_are_checked_and_the_state_is_frozen():
+    with pytest.raises(ValidationError):
+        START.replace(step=-1)
+    with pytest.raises(ValidationError):
+        START.step = 5

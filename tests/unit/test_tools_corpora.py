@@ -1,0 +1,126 @@
+"""Reading text: nothing is skipped silently, the order depends on names only."""
+
+import json
+import sys
+
+import pytest
+
+from data_tools.corpora import ReadCounts, find_source, python_stdlib_folder, read_documents
+from megascale.errors import DataError
+
+
+def read(source, *patterns, **options):
+    counts = ReadCounts()
+    texts = [document.text for document in read_documents(find_source(str(source), patterns, **options), counts)]
+    return texts, counts
+
+
+def test_folder_in_the_order_of_names(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name, text in {"c.txt": "3", "b/a.md": "2", "a.py": "1", "skipped.bin": "no"}.items():
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path)[0] == ["1", "2", "3"]
+    assert read(tmp_path, "**/*.md", "*.txt")[0] == ["2", "3"]
+
+
+def test_bad_utf8_is_replaced_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_text("café")
+    texts, counts = read(tmp_path)
+    assert texts == ["caf\ufffd", "café"]
+    assert (counts.documents, counts.bad_utf8, counts.bad_utf8_files) == (2, 1, ["a.txt"])
+
+
+def test_empty_documents_are_dropped_and_counted(tmp_path):
+    for name, text in {"a.txt": "", "b.txt": " \n\t", "c.txt": "text"}.items():
+        (tmp_path / name).write_text(text)
+    texts, counts = read(tmp_path)
+    assert texts == ["text"]
+    assert (counts.documents, counts.empty) == (1, 2)
+
+
+def test_separator_cuts_a_text_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one<>two<><>three")
+    texts, counts = read(tmp_path / "a.txt", separator="<>")
+    assert texts == ["one", "two", "three"]
+    assert counts.empty == 1
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"body": "one"}), "", json.dumps({"body": None}), '{"body": "lone \\ud800"}']
+    path.write_text("\n".join(lines))
+    texts, counts = read(path, text_field="body")
+    assert texts == ["one", "lone \ufffd\ufffd\ufffd"]
+    assert (counts.documents, counts.empty, counts.bad_utf8) == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', r"a.jsonl line 2 isn't JSON"),
+        ('{"body": "x"}', r"a.jsonl line 2 has no field 'text'; its fields: \['body'\]; choose by --text-field"),
+        ("[1]", r"a.jsonl line 2 has no field 'text'"),
+        ('{"text": 3}', r"a.jsonl line 2 holds a int where text is expected"),
+    ],
+)
+def test_bad_json_lines(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
+    assert read(path)[0] == ["one", "two"]
+    with pytest.raises(DataError, match=r"a.parquet has no column 'body'; its columns: \['text', 'n'\]"):
+        read(path, text_field="body")
+    with pytest.raises(DataError, match=r"a.parquet row 1 holds a int where text is expected"):
+        read(path, text_field="n")
+    path.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match=r"a.parquet can't be read as parquet"):
+        read(path)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        DataError, match=r"a.parquet needs pyarrow; install it with: pip install 'megascale\[parquet\]'"
+    ):
+        read(tmp_path)
+
+
+def test_missing_source(tmp_path):
+    with pytest.raises(DataError, match="is neither a file, a folder nor the word python-stdlib"):
+        read(tmp_path / "none")
+    with pytest.raises(DataError, match=r"has no file that matches \*\*/\*.py; choose one by --pattern"):
+        read(tmp_path, "**/*.py")
+
+
+def test_unreadable_file(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"a.txt can't be read \(No such file or directory\); remove it"):
+        read(tmp_path)
+
+
+def test_standard_library():
+    source = find_source("python-stdlib")
+    names = [source.name(path) for path in source.files]
+    assert source.root == python_stdlib_folder()
+    assert len(names) > 200
+    assert "abc.py" in names
+    assert not any("site-packages" in name or "dist-packages" in name for name in names)
+
+
+def test_fingerprint_follows_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    first = find_source(str(tmp_path)).fingerprint
+    assert find_source(str(tmp_path)).fingerprint == first
+    (tmp_path / "b.txt").write_text("two")
+    assert find_source(str(tmp_path)).fingerprint != first
+    assert find_source(str(tmp_path), text_field="body").fingerprint != first
