@@ -180,28 +180,24 @@ def tokenize_source(
                 advance(batch.source_bytes)
     check_documents(source, counts)
     check_splits(source, settings, counts, {split: spill.num_documents for split, spill in spills.items()})
+    tokenizer_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     for split, spill in spills.items():
         if spill.num_documents:
-            write_index(
-                Manifest(
-                    folder=folder,
-                    format_version=FORMAT_VERSION,
-                    split=split,
-                    dtype=dtype.name,
-                    vocab_size=vocab_size,
-                    eos_id=eos_id,
-                    text_bytes=spill.text_bytes,
-                    tokenizer_file=TOKENIZER_FILE,
-                    tokenizer_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-                    shards=write_shards(
-                        folder / split,
-                        spill.documents(settings.seed),
-                        dtype,
-                        settings.shard_tokens,
-                        settings.block_tokens,
-                    ),
-                )
+            documents = spill.documents(settings.seed)
+            shards = write_shards(folder / split, documents, dtype, settings.shard_tokens, settings.block_tokens)
+            manifest = Manifest(
+                folder=folder,
+                format_version=FORMAT_VERSION,
+                split=split,
+                dtype=dtype.name,
+                vocab_size=vocab_size,
+                eos_id=eos_id,
+                text_bytes=spill.text_bytes,
+                tokenizer_file=TOKENIZER_FILE,
+                tokenizer_sha256=tokenizer_sha256,
+                shards=shards,
             )
+            write_index(manifest)
         spill.remove()
     return counts
 

@@ -95,9 +95,14 @@ def fit_tokenizer(
     from rich.console import Console
 
     from data_tools.build import write_tokenizer
+    from megascale.errors import DataError
 
     settings = BuildSettings(vocab_size=vocab_size, validation_fraction=0)
-    write_tokenizer(open_source(source, pattern, text_field, separator), settings, Console(stderr=True), out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(open_source(source, pattern, text_field, separator), settings, Console(stderr=True), out)
+    except OSError as error:
+        raise DataError(f"tokenizer {out} can't be written ({error}); choose another --out") from None
     typer.echo(f"tokenizer {out}")
 
 

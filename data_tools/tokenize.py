@@ -3,9 +3,11 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ import numpy as np
 
 from data_tools.corpora import Document
 from data_tools.tokenizer import load_tokenizer
+from megascale.errors import DataError
 
 BATCH_BYTES = 1 << 20
 """Source bytes that a worker takes at a time: about 0.3 s of work, against 1 ms to send them."""
@@ -65,27 +68,37 @@ def tokenize_documents(
 ) -> Iterator[TokenizedBatch]:
     """Tokenizes documents by `workers` processes and yields them in their order.
 
-    Cost: a few batches per worker in memory; about 0.8 M tokens a second and core.
+    Cost: a few batches per worker in memory.
+
+    Raises:
+        DataError: a worker process died.
     """
     batches = batch_documents(documents)
     if workers == 1:
         yield from (tokenize_batch(tokenizer_path, eos_id, batch) for batch in batches)
         return
-    # Not fork: the parent's tokenizer library has threads, and a lock that one of them holds would stay locked.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=use_one_thread) as pool:
-        pending = deque()
+    # Not fork: the tokenizer library of this process has threads, and a lock that one of them holds would stay locked.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=prepare_worker)
+    pending = deque()
+    try:
         for batch in batches:
             pending.append(pool.submit(tokenize_batch, tokenizer_path, eos_id, batch))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"one of {workers} tokenizing processes was killed, out of memory perhaps; use fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def use_one_thread() -> None:
-    """Keeps the tokenizer library of a worker process to one thread; there is one process per core."""
+def prepare_worker() -> None:
+    """One thread per process, since there is a process per core; Ctrl-C is left to the parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -38,20 +38,20 @@ def verify_corpus(folder: Path, console: Console) -> list[Manifest]:
 
 
 def verify_shard(manifest: Manifest, number: int) -> None:
-    """Verifies one shard; raises DataError at its first fault."""
+    """Verifies one shard; raises DataError at its first fault, a damaged block before a damaged file."""
     path, info = manifest.shard_path(number), manifest.shards[number]
     shard = Shard(manifest, number)
-    samples = iter(WebDataset([str(path.resolve())], shardshuffle=False, nodesplitter=None).decode())
-    for block in range(info.blocks):
-        tokens, ends = shard.block_tokens(block), shard.document_ends(block)
+    blocks = [(shard.block_tokens(block), shard.document_ends(block)) for block in range(info.blocks)]
+    for block, (tokens, ends) in enumerate(blocks):
         if int(ends[-1]) != len(tokens) or not (tokens[ends.astype(np.int64) - 1] == manifest.eos_id).all():
             raise DataError(f"shard {path}: block {block} doesn't end its documents with token {manifest.eos_id}")
-        sample = next(samples, {})
-        if not np.array_equal(sample.get("tokens.npy"), tokens) or not np.array_equal(sample.get("docs.npy"), ends):
-            raise DataError(f"shard {path}: webdataset reads another block {block} than the block table names")
-    if next(samples, None) is not None:
-        raise DataError(f"shard {path}: webdataset reads more than the {info.blocks} blocks of the block table")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != info.sha256:
         raise DataError(f"shard {path}: sha256 is {found}, {manifest.index_path} says {info.sha256}")
+    samples = list(WebDataset([str(path.resolve())], shardshuffle=False, nodesplitter=None).decode())
+    if len(samples) != info.blocks:
+        raise DataError(f"shard {path}: webdataset reads {len(samples)} samples, the block table has {info.blocks}")
+    for block, ((tokens, ends), sample) in enumerate(zip(blocks, samples, strict=True)):
+        if not np.array_equal(sample["tokens.npy"], tokens) or not np.array_equal(sample["docs.npy"], ends):
+            raise DataError(f"shard {path}: webdataset reads another block {block} than the block table names")

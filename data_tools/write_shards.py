@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from webdataset import TarWriter
 
-from megascale.data.manifest import DOCUMENT_DTYPE, INDEX_COLUMNS, INDEX_MEMBER, Manifest, ShardInfo
+from megascale.data.manifest import DOCUMENT_DTYPE, INDEX_MEMBER, BlockEntry, Manifest, ShardInfo
 
 
 def write_shards(
@@ -61,26 +61,25 @@ def write_shard(
 ) -> ShardInfo:
     """Writes one shard from the next blocks, and takes no more of them than the shard holds."""
     path = folder / f"shard-{number:06d}.tar"
-    table: list[list[int]] = []
+    table: list[BlockEntry] = []
     with path.with_suffix(".tmp").open("xb") as raw:
         file = HashingWriter(raw)
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for documents in blocks:
                 table.append(write_block(writer, f"{number:06d}_{len(table):06d}", documents, dtype))
-                if sum(row[1] for row in table) >= shard_tokens:
+                if sum(entry.tokens for entry in table) >= shard_tokens:
                     break
             index = npy_bytes(np.array(table, "<u8"))
             index_offset = write_index_member(writer, index)
         raw.flush()
         os.fsync(raw.fileno())
         path.with_suffix(".tmp").rename(path)
-        totals = dict(zip(INDEX_COLUMNS, np.sum(table, axis=0).tolist(), strict=True))
         return ShardInfo(
             name=path.name,
             bytes=raw.tell(),
             sha256=file.digest.hexdigest(),
-            tokens=totals["tokens"],
-            documents=totals["documents"],
+            tokens=sum(entry.tokens for entry in table),
+            documents=sum(entry.documents for entry in table),
             blocks=len(table),
             index_offset=index_offset,
             index_bytes=len(index),
@@ -88,13 +87,13 @@ def write_shard(
         )
 
 
-def write_block(writer: TarWriter, key: str, documents: list[np.ndarray], dtype: np.dtype) -> list[int]:
+def write_block(writer: TarWriter, key: str, documents: list[np.ndarray], dtype: np.dtype) -> BlockEntry:
     """Writes a block as the WebDataset sample `key` and returns its row of the block table."""
     ends = np.cumsum([len(document) for document in documents]).astype(DOCUMENT_DTYPE)
     tokens = np.concatenate(documents).astype(dtype)
     document_offset = write_member(writer, key, "docs.npy", ends)
     token_offset = write_member(writer, key, "tokens.npy", tokens)
-    return [token_offset, len(tokens), document_offset, len(ends), zlib.crc32(tokens), zlib.crc32(ends)]
+    return BlockEntry(token_offset, len(tokens), document_offset, len(ends), zlib.crc32(tokens), zlib.crc32(ends))
 
 
 def write_member(writer: TarWriter, key: str, extension: str, array: np.ndarray) -> int:

@@ -1,20 +1,15 @@
 """N-gram baselines of a run: models of one to three tokens, fitted on exactly the tokens that the run has read."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from data_tools.ngram import fit_ngrams
 from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
 from megascale.data.order import RowOrder
-from megascale.data.rows import CorpusRows, open_rows
+from megascale.data.rows import CorpusRows, open_rows, rows_read
 from megascale.errors import CheckpointError
 from megascale.observe.run_files import CONFIG_FILE, BaselineFit, read_metrics, write_baselines
-
-ROWS_AT_ONCE = 1024
 
 
 def fit_baselines(run_folder: Path) -> BaselineFit:
@@ -30,7 +25,8 @@ def fit_baselines(run_folder: Path) -> BaselineFit:
     train_rows, validation_rows = (_open(config, split) for split in ("train", "validation"))
     started_s = time.perf_counter()
     num_rows = max(steps) * (config.train.global_batch_tokens // config.train.seq_len)
-    read = list(_rows_read(config, train_rows, num_rows))
+    order = RowOrder(train_rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
+    read = list(rows_read(train_rows, order, 0, num_rows))
     model = fit_ngrams(read, config.model.vocab_size)
     losses = model.evaluate(
         validation_rows.read(*validation_rows.locate_unshuffled(number)) for number in range(validation_rows.num_rows)
@@ -44,12 +40,3 @@ def fit_baselines(run_folder: Path) -> BaselineFit:
 
 def _open(config: RunConfig, split: str) -> CorpusRows:
     return open_rows(config.data.folder, split, config.train.seq_len, config.model.vocab_size)
-
-
-def _rows_read(config: RunConfig, rows: CorpusRows, num_rows: int) -> Iterator[np.ndarray]:
-    """The rows [0, num_rows) of the run, in its own order."""
-    order = RowOrder(rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
-    for first in range(0, num_rows, ROWS_AT_ONCE):
-        _, shards, numbers = order.locate(np.arange(first, min(first + ROWS_AT_ONCE, num_rows)))
-        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
-            yield rows.read(shard, number)

@@ -24,7 +24,7 @@ NumRanks = Annotated[int | None, typer.Option("--nproc", help="Ranks on this mac
 @app.command()
 def train(
     config: ConfigPath, overrides: Overrides = None, nproc: NumRanks = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the run that the folder holds, start at step 0.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set the folder's run aside, start at step 0.")] = False,
 ) -> None:
     """Train a run, or resume it from its newest whole checkpoint."""
     from launcher.train import start_training

@@ -12,6 +12,9 @@ EXIT_RUN = 3
 EXIT_STOPPED = 75
 """Asked to stop, saved, and can be resumed by the same command (EX_TEMPFAIL of sysexits.h)."""
 
+EXIT_PEER_LOST = 76
+"""This rank failed only because another one was gone: the launcher looks for the other's reason."""
+
 
 class MegascaleError(Exception):
     """Base of all errors that carry a message for the user."""
@@ -51,7 +54,7 @@ class RankFailedError(MegascaleError):
     """A rank of the run died or reported an error of its own."""
 
 
-class StopRequested(MegascaleError):
+class StopRequested(MegascaleError):  # noqa: N818 - not an error, but the way out of the loop
     """The run was asked to stop; its state is saved and the same command resumes it."""
 
     exit_code = EXIT_STOPPED

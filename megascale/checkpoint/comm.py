@@ -54,7 +54,7 @@ def run_together(comm: Comm, action: Callable[[], T]) -> T:
         raise CheckpointError(str(fault)) from fault
     if fault is not None:
         raise fault
-    raise CheckpointError(describe_failures(outcomes))
+    raise CheckpointError(_describe_failures(outcomes))
 
 
 def run_on_rank_zero(comm: Comm, action: Callable[[], None]) -> None:
@@ -62,7 +62,13 @@ def run_on_rank_zero(comm: Comm, action: Callable[[], None]) -> None:
     run_together(comm, action if comm.rank == 0 else lambda: None)
 
 
-def describe_failures(outcomes: list[int]) -> str:
+def ask_rank_zero(comm: Comm, question: Callable[[], int]) -> int:
+    """Rank 0's answer on every rank: what the others see of a shared folder may lag behind."""
+    answer = run_together(comm, question if comm.rank == 0 else lambda: 0)
+    return comm.control_gather(int(answer))[0]
+
+
+def _describe_failures(outcomes: list[int]) -> str:
     """Names the first rank that failed, the system's reason, and how many others did."""
     failed = [rank for rank, outcome in enumerate(outcomes) if outcome]
     code = outcomes[failed[0]]

@@ -2,16 +2,19 @@
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from megascale.checkpoint.records import MisfitError, check_counts
 
-from megascale.checkpoint.state import Record
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
-class FileRecord(Record):
+@dataclass(frozen=True)
+class FileRecord:
     """What a file must be to count as undamaged.
 
     Attributes:
@@ -19,8 +22,13 @@ class FileRecord(Record):
         sha256: SHA-256 of all of it, in hexadecimal.
     """
 
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_counts(self, "bytes")
+        if not _SHA256.fullmatch(self.sha256):
+            raise MisfitError("not 64 hexadecimal digits", "sha256")
 
 
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:

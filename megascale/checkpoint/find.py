@@ -8,7 +8,7 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-from megascale.checkpoint.comm import Comm, LocalComm, run_on_rank_zero, run_together
+from megascale.checkpoint.comm import Comm, LocalComm, ask_rank_zero, run_on_rank_zero, run_together
 from megascale.checkpoint.files import FileRecord, hash_file, size_of_regular_file
 from megascale.checkpoint.folders import (
     CHECKPOINTS,
@@ -63,14 +63,14 @@ def find_checkpoint(run_folder: Path, *, run_id: str | None, comm: Comm) -> Veri
     run_folder = Path(run_folder)
     run_on_rank_zero(comm, lambda: remove_leftovers(run_folder))
     rejected: list[str] = []
-    while (step := _newest_step(run_folder, comm)) != NO_STEP:
+    while (step := ask_rank_zero(comm, lambda: max(list_steps(run_folder), default=NO_STEP))) != NO_STEP:
         try:
             found = verify_checkpoint(checkpoint_path(run_folder, step), run_id=run_id, comm=comm)
             return VerifiedCheckpoint(found.path, found.index, tuple(rejected))
         except DamagedCheckpointError as damage:
             rejected.append(str(damage))
         run_on_rank_zero(comm, lambda step=step: quarantine_checkpoint(run_folder, step, rejected[-1]))
-    if comm.control_gather(int(has_quarantine(run_folder)))[0]:
+    if ask_rank_zero(comm, lambda: has_quarantine(run_folder)):
         raise CheckpointError(
             f"{run_folder / CHECKPOINTS}: no whole checkpoint is left to resume from; the damaged ones are in"
             f" {run_folder / QUARANTINE}, each with the reason"
@@ -119,14 +119,9 @@ def verify_checkpoint(path: Path, *, run_id: str | None = None, comm: Comm | Non
     bad = run_together(comm, lambda: [i for i in share if not _is_whole(path / names[i], index.files[names[i]])])
     first_bad = min(comm.control_gather(bad[0] if bad else len(names)))
     if first_bad < len(names):
-        raise DamagedCheckpointError(_describe_damage(path / names[first_bad], index.files[names[first_bad]]))
+        name = names[first_bad]  # described by all before any of them moves the folder away
+        raise DamagedCheckpointError(run_together(comm, lambda: _describe_damage(path / name, index.files[name])))
     return VerifiedCheckpoint(path, index)
-
-
-def _newest_step(run_folder: Path, comm: Comm) -> int:
-    """What rank 0 sees, on every rank: folder listings may differ between machines for a while."""
-    newest = run_together(comm, lambda: max(list_steps(run_folder), default=NO_STEP))
-    return comm.control_gather(newest)[0]
 
 
 def _check_index(path: Path, run_id: str | None) -> tuple[CheckpointIndex | None, str | None]:

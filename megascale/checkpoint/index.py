@@ -5,17 +5,17 @@ slices of each tensor cover it exactly once. `docs/checkpoint_format.md` describ
 """
 
 import hashlib
-import json
 import platform
+import re
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import Field, ValidationError, model_validator
+from typing import Any
 
 from megascale.checkpoint.files import FileRecord, read_bounded
-from megascale.checkpoint.state import Record, RunState
+from megascale.checkpoint.records import MisfitError, parse_record
+from megascale.checkpoint.state import RunState
 from megascale.errors import CheckpointError
 from megascale.parallel.boxes import Box, tiles_exactly
 
@@ -23,20 +23,18 @@ INDEX_NAME = "index.json"
 SUMS_NAME = "SHA256SUMS"
 FORMAT_NAME = "megascale-checkpoint"
 FORMAT_VERSION = 1
-MAX_JSON_BYTES = 64 << 20
-"""Largest index, list of hashes or acknowledgement that is read: 400,000 slices, more than 10,000 ranks write, and an
-upper bound on what a hostile file can make a reader allocate."""
+MAX_JSON_BYTES = 32 << 20
+"""Largest index, list of hashes or acknowledgement that is read: 200,000 slices, twice what 10,000 ranks write for a
+70B model, and an upper bound on what a hostile file can make a reader allocate."""
 MAX_DIMS = 8
 """Most dims of a tensor; bounds the work per slice when the tiling is checked."""
+DTYPE = "F32"
 BYTES_PER_ELEMENT = 4
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Position = Annotated[tuple[Count, ...], Field(max_length=MAX_DIMS)]
-RankFile = Annotated[str, Field(pattern=r"^rank_[0-9]{5,9}\.safetensors$")]
-R = TypeVar("R", bound=Record)
+_RANK_FILE = re.compile(r"rank_[0-9]{5,9}\.safetensors")
 
 
-class SliceRecord(Record):
+@dataclass(frozen=True)
+class SliceRecord:
     """Where one part of a tensor is stored.
 
     Attributes:
@@ -46,17 +44,24 @@ class SliceRecord(Record):
         stops: index after the last one, per dim.
     """
 
-    file: RankFile
+    file: str
     entry: str
-    starts: Position
-    stops: Position
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.starts) != len(self.stops):
+            raise MisfitError(f"{len(self.stops)} dims, but starts has {len(self.starts)}", "stops")
+        if any(start >= stop for start, stop in zip(self.starts, self.stops, strict=True)):
+            raise MisfitError(f"{self.stops} leaves nothing after starts {self.starts}", "stops")
 
     @property
     def box(self) -> Box:
         return Box(self.starts, self.stops)
 
 
-class TensorRecord(Record):
+@dataclass(frozen=True)
+class TensorRecord:
     """One tensor of the training state.
 
     Attributes:
@@ -65,24 +70,27 @@ class TensorRecord(Record):
         slices: parts that together cover the tensor exactly once.
     """
 
-    shape: Position
-    dtype: Literal["F32"]
+    shape: tuple[int, ...]
+    dtype: str
     slices: tuple[SliceRecord, ...]
 
-    @model_validator(mode="after")
-    def _slices_tile(self) -> "TensorRecord":
+    def __post_init__(self) -> None:
+        if self.dtype != DTYPE:
+            raise MisfitError(f"{self.dtype!r} is not {DTYPE}, the only type of this format", "dtype")
+        if len(self.shape) > MAX_DIMS:
+            raise MisfitError(f"{len(self.shape)} dims are more than {MAX_DIMS}", "shape")
         for part in self.slices:
-            if not len(part.starts) == len(part.stops) == len(self.shape):
-                raise ValueError(f"slice {part.entry} has {len(part.starts)} dims, the tensor {len(self.shape)}")
-            if any(start >= stop for start, stop in zip(part.starts, part.stops, strict=True)):
-                raise ValueError(f"slice {part.entry} is empty")
+            if len(part.starts) != len(self.shape):
+                raise MisfitError(f"entry {part.entry} has {len(part.starts)} dims, not {len(self.shape)}", "slices")
         if not tiles_exactly((part.box for part in self.slices), self.shape):
             stored = sum(part.box.numel for part in self.slices)
-            raise ValueError(f"its slices hold {stored} elements and don't cover its {prod(self.shape)} exactly once")
-        return self
+            raise MisfitError(
+                f"hold {stored} elements and don't cover the tensor's {prod(self.shape)} exactly once", "slices"
+            )
 
 
-class RunRecord(Record):
+@dataclass(frozen=True)
+class RunRecord:
     """Which run a checkpoint belongs to, and what that run computes.
 
     Attributes:
@@ -93,14 +101,15 @@ class RunRecord(Record):
         code: versions of what computed it, see `code_versions`.
     """
 
-    run_id: str = Field(min_length=1)
+    run_id: str
     config: dict[str, Any]
     config_fingerprint: str
     data_fingerprints: dict[str, str]
     code: dict[str, str]
 
 
-class CheckpointIndex(Record):
+@dataclass(frozen=True)
+class CheckpointIndex:
     """Everything about a checkpoint except the numbers in its tensors.
 
     Attributes:
@@ -112,29 +121,38 @@ class CheckpointIndex(Record):
         tensors: by key, such as `master/blocks.0.attention.qkv.weight` or `exp_avg/head.weight`.
     """
 
-    format: Literal["megascale-checkpoint"]
-    format_version: Literal[1]
+    format: str
+    format_version: int
     run: RunRecord
     state: RunState
-    files: dict[RankFile, FileRecord]
+    files: dict[str, FileRecord]
     tensors: dict[str, TensorRecord]
 
-    @model_validator(mode="after")
-    def _files_hold_slices(self) -> "CheckpointIndex":
+    def __post_init__(self) -> None:
+        if (self.format, self.format_version) != (FORMAT_NAME, FORMAT_VERSION):
+            raise MisfitError(
+                f"{self.format} {self.format_version}, but this version of megascale reads only"
+                f" {FORMAT_NAME} {FORMAT_VERSION}", "format_version",
+            )
+        for name in self.files:
+            if not _RANK_FILE.fullmatch(name):
+                raise MisfitError("not the name of a rank's file", "files", name)
+        self._check_entries()
+
+    def _check_entries(self) -> None:
         entries: set[tuple[str, str]] = set()
         stored_bytes = dict.fromkeys(self.files, 0)
         for key, record in self.tensors.items():
             for part in record.slices:
                 if part.file not in stored_bytes:
-                    raise ValueError(f"tensors.{key} lies in {part.file}, which files doesn't list")
+                    raise MisfitError(f"{part.file} is not among files", "tensors", key)
                 if (part.file, part.entry) in entries:
-                    raise ValueError(f"two slices name entry {part.entry} of {part.file}")
+                    raise MisfitError(f"entry {part.entry} of {part.file} serves two slices", "tensors", key)
                 entries.add((part.file, part.entry))
                 stored_bytes[part.file] += part.box.numel * BYTES_PER_ELEMENT
         for name, needed in stored_bytes.items():
             if self.files[name].bytes < needed:
-                raise ValueError(f"files.{name}.bytes = {self.files[name].bytes} is less than its slices' {needed}")
-        return self
+                raise MisfitError(f"{self.files[name].bytes}, but its slices need {needed}", "files", name, "bytes")
 
 
 def code_versions(git_commit: str | None = None) -> dict[str, str]:
@@ -146,25 +164,6 @@ def code_versions(git_commit: str | None = None) -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions | ({"git_commit": git_commit} if git_commit else {})
-
-
-def to_json(values: dict[str, Any]) -> bytes:
-    """One line of JSON; floats keep every bit."""
-    return (json.dumps(values) + "\n").encode()
-
-
-def parse_record(kind: type[R], text: bytes, path: Path) -> R:
-    """Checks JSON strictly against a kind of record.
-
-    Raises:
-        CheckpointError: what is wrong with the first bad field, with the file and the field's dotted name.
-    """
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise CheckpointError(f"{path}: {field + ': ' if field else ''}{problem['msg']}") from None
 
 
 def hash_list(index: CheckpointIndex, index_text: bytes) -> bytes:

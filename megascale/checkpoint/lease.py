@@ -6,19 +6,17 @@ sharing its locks are told apart by their boot id, and a holder on another machi
 """
 
 import fcntl
-import json
 import os
 import secrets
 import socket
 import threading
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from pydantic import ValidationError
-
 from megascale.checkpoint.files import read_bounded
-from megascale.checkpoint.state import Record
+from megascale.checkpoint.records import parse_record, to_json
 from megascale.errors import CheckpointError
 
 LEASE_NAME = "lease.json"
@@ -29,7 +27,8 @@ MAX_OWNER_BYTES = 4096
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Owner(Record):
+@dataclass(frozen=True)
+class Owner:
     """Who holds a run folder.
 
     Attributes:
@@ -75,7 +74,7 @@ class RunLease:
                 raise CheckpointError(_refusal(path, holder))
             owner = _describe_self()
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner.model_dump()).encode(), 0)
+            os.pwrite(descriptor, to_json(asdict(owner)), 0)
             os.fsync(descriptor)
         except BaseException:
             os.close(descriptor)
@@ -149,8 +148,8 @@ def _modified(path: Path) -> int:
 
 def _read_owner(path: Path) -> Owner | None:
     try:
-        return Owner.model_validate_json(read_bounded(path, MAX_OWNER_BYTES) or b"")
-    except (ValidationError, OSError):
+        return parse_record(Owner, read_bounded(path, MAX_OWNER_BYTES) or b"", path)
+    except (CheckpointError, OSError):
         return None
 
 

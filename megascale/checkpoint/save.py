@@ -8,11 +8,12 @@ Older checkpoints are deleted only after it is on disk.
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from megascale.checkpoint.comm import Comm, run_on_rank_zero, run_together
+from megascale.checkpoint.comm import Comm, ask_rank_zero, run_on_rank_zero, run_together
 from megascale.checkpoint.files import FileRecord, free_bytes, move_durably, read_bounded, sync_folder, write_durably
 from megascale.checkpoint.folders import (
     CHECKPOINTS,
@@ -24,20 +25,18 @@ from megascale.checkpoint.folders import (
 )
 from megascale.checkpoint.index import (
     BYTES_PER_ELEMENT,
+    DTYPE,
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
     MAX_JSON_BYTES,
     SUMS_NAME,
     CheckpointIndex,
-    Position,
-    RankFile,
     RunRecord,
     hash_list,
-    parse_record,
-    to_json,
 )
-from megascale.checkpoint.state import Record, RunState
+from megascale.checkpoint.records import parse_record, to_json
+from megascale.checkpoint.state import RunState
 from megascale.checkpoint.tensor_file import encode_header, encode_pieces, entry_name
 from megascale.engine.base import StatePiece
 from megascale.errors import CheckpointError, NonFiniteError
@@ -47,20 +46,22 @@ SPARE_BYTES_PER_RANK = MIB
 """Room asked for beyond the tensors, for the acknowledgement and this rank's share of the index."""
 
 
-class WrittenSlice(Record):
+@dataclass(frozen=True)
+class WrittenSlice:
     """One piece that a rank wrote, as its acknowledgement lists it."""
 
     key: str
-    shape: Position
+    shape: tuple[int, ...]
     entry: str
-    starts: Position
-    stops: Position
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
 
 
-class Acknowledgement(Record):
+@dataclass(frozen=True)
+class Acknowledgement:
     """What one rank has put on disk."""
 
-    file: RankFile
+    file: str
     record: FileRecord
     slices: tuple[WrittenSlice, ...]
 
@@ -90,15 +91,15 @@ def save_checkpoint(
         CheckpointError: the checkpoint couldn't be written on some rank. The earlier ones are untouched, and all
             ranks raise this together.
 
-    Cost: each rank reads its owned state once to check it and once to write and hash it; eight gathers of one number.
+    Cost: each rank reads its owned state once to check it and once to write and hash it; a dozen gathers of one number.
     """
     run_folder = Path(run_folder)
     owned = [piece for piece in pieces if piece.is_owner]
     _check_finite(owned, state.step, comm)
     final = checkpoint_path(run_folder, state.step)
-    if comm.control_gather(int(state.step in list_steps(run_folder)))[0]:
+    if ask_rank_zero(comm, lambda: state.step in list_steps(run_folder)):
         return final
-    temporary = temporary_path(run_folder, state.step, comm.control_gather(secrets.randbelow(1 << 62))[0])
+    temporary = temporary_path(run_folder, state.step, ask_rank_zero(comm, lambda: secrets.randbelow(1 << 62)))
     needed_bytes = sum(comm.control_gather(_file_bytes(owned) + SPARE_BYTES_PER_RANK))
     try:
         run_on_rank_zero(comm, lambda: _prepare(run_folder, temporary, needed_bytes))
@@ -149,7 +150,7 @@ def _write_rank(temporary: Path, rank: int, owned: Sequence[StatePiece]) -> None
         for piece in owned
     )
     acknowledgement = Acknowledgement(file=name, record=record, slices=slices)
-    write_durably(_acknowledgement_path(temporary, rank), [to_json(acknowledgement.model_dump())])
+    write_durably(_acknowledgement_path(temporary, rank), [to_json(asdict(acknowledgement))])
     sync_folder(temporary)
 
 
@@ -171,7 +172,7 @@ def _index_text(run: RunRecord, state: RunState, acknowledgements: Sequence[Ackn
     tensors: dict[str, dict] = {}
     for acknowledged in acknowledgements:
         for part in acknowledged.slices:
-            tensor = tensors.setdefault(part.key, {"shape": part.shape, "dtype": "F32", "slices": []})
+            tensor = tensors.setdefault(part.key, {"shape": part.shape, "dtype": DTYPE, "slices": []})
             if tensor["shape"] != part.shape:
                 raise CheckpointError(f"ranks disagree on the shape of {part.key}: {tensor['shape']}, {part.shape}")
             place = {"entry": part.entry, "starts": part.starts, "stops": part.stops}
@@ -179,9 +180,9 @@ def _index_text(run: RunRecord, state: RunState, acknowledgements: Sequence[Ackn
     text = to_json({
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
-        "run": run.model_dump(),
-        "state": state.model_dump(),
-        "files": {acknowledged.file: acknowledged.record.model_dump() for acknowledged in acknowledgements},
+        "run": asdict(run),
+        "state": asdict(state),
+        "files": {acknowledged.file: asdict(acknowledged.record) for acknowledged in acknowledgements},
         "tensors": dict(sorted(tensors.items())),
     })
     if len(text) > MAX_JSON_BYTES:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megascale.checkpoint.index import BYTES_PER_ELEMENT, SliceRecord
+from megascale.checkpoint.index import BYTES_PER_ELEMENT, DTYPE, SliceRecord
 from megascale.engine.base import StatePiece
 from megascale.errors import CheckpointError
 from megascale.parallel.boxes import intersect_boxes
@@ -31,7 +31,7 @@ def encode_header(pieces: Sequence[StatePiece]) -> bytes:
     header, position = {}, 0
     for piece in pieces:
         stop = position + piece.box.numel * BYTES_PER_ELEMENT
-        header[entry_name(piece)] = {"dtype": "F32", "shape": piece.box.shape, "data_offsets": [position, stop]}
+        header[entry_name(piece)] = {"dtype": DTYPE, "shape": piece.box.shape, "data_offsets": [position, stop]}
         position = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
@@ -62,9 +62,9 @@ def read_parts(path: Path, parts: Sequence[tuple[SliceRecord, StatePiece]]) -> N
 
 
 def _copy_common(stored, part: SliceRecord, piece: StatePiece) -> None:
-    if (stored.get_dtype(), tuple(stored.get_shape())) != ("F32", part.box.shape):
+    if (stored.get_dtype(), tuple(stored.get_shape())) != (DTYPE, part.box.shape):
         raise SafetensorError(
-            f"entry {part.entry} is {stored.get_dtype()} {stored.get_shape()}, not F32 {list(part.box.shape)}"
+            f"entry {part.entry} is {stored.get_dtype()} {stored.get_shape()}, not {DTYPE} {list(part.box.shape)}"
         )
     common = intersect_boxes(part.box, piece.box)
     with torch.no_grad():

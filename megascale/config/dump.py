@@ -23,9 +23,9 @@ SAME_MATHS = (
     "checkpoint.",
     "observe.",
 )
-"""Keys (a dot at the end: whole sections) that may differ when a run is resumed: they set where it lives, how it is laid
-out and what is logged, never what is computed. The corpus has a fingerprint of its own, so its folder may move. A longer
-`train.max_steps` alone changes `optimizer.horizon_steps`, which does count, unless that is given."""
+"""Keys (a dot at the end: whole sections) that may differ when a run is resumed: they set where it lives, how it is
+laid out and what is logged, never what is computed. The corpus has a fingerprint of its own, so its folder may move.
+A longer `train.max_steps` alone changes `optimizer.horizon_steps`, which does count, unless that is given."""
 
 
 def resolved_values(config: RunConfig) -> dict[str, Any]:

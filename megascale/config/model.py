@@ -47,7 +47,7 @@ class ModelConfig(Section):
     bias: bool | None = None
     """Whether linear layers and LayerNorm have biases. Empty: true for gpt2, false for llama."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the initial weights. 0.02 as in GPT-2 (Radford et al. 2018, section 4.1)."""
+    """Standard deviation of the initial weights. 0.02 as in GPT (Radford et al. 2018, section 4.1)."""
 
     @property
     def head_dim(self) -> int:
@@ -65,6 +65,11 @@ class ModelConfig(Section):
         if self.d_ff is not None:
             return self.d_ff
         return 4 * self.d_model if self.family == "gpt2" else round_up(-(-8 * self.d_model // 3), 64)
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions turn queries and keys, rather than add to the embedding."""
+        return self.family != "gpt2"
 
     @property
     def rotary_base(self) -> float:
@@ -104,7 +109,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def check_family(self) -> Self:
         """Refuses settings that the family can't honour, rather than ignore them."""
-        if self.family == "llama" and self.head_dim % 2:
+        if self.is_rotary and self.head_dim % 2:
             legal = [heads for heads in divisors_of(self.d_model) if self.d_model // heads % 2 == 0]
             remedy = f"use one of {', '.join(map(str, legal))}" if legal else "make model.d_model even"
             raise ValueError(

@@ -64,7 +64,7 @@ class OptimizerConfig(Section):
     `decay_fraction` of the run (MiniCPM, arXiv 2404.06395, section 4)."""
 
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly from 0 to the peak."""
+    """Steps over which the learning rate rises linearly to the peak."""
 
     horizon_steps: int | None = Field(None, ge=1)
     """Step at which the schedule ends; train.max_steps when not given. Give it to make a run longer later without

@@ -1,7 +1,6 @@
 """From a run's position, one integer, to the micro-batches of a replica."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,21 +9,11 @@ from megascale.data.batch import Batch
 from megascale.data.order import RowOrder
 from megascale.data.packing import pack_rows
 from megascale.data.prefetch import prefetch
-from megascale.data.rows import CorpusRows
+from megascale.data.rows import CorpusRows, read_rows
 from megascale.errors import ConfigError, DataError
 
 STEPS_AHEAD = 2
 """Steps that the prefetch thread makes ahead: one may be late by a whole step without a wait."""
-
-
-class RowPlace(NamedTuple):
-    """Where the tokens of a row come from: tokens [start, stop) of a shard, read in an epoch."""
-
-    epoch: int
-    shard_name: str
-    row: int
-    start: int
-    stop: int
 
 
 class Loader:
@@ -59,39 +48,13 @@ class Loader:
         """
         return prefetch(self._make_steps(row), STEPS_AHEAD)
 
-    def rows_read(self, first: int, stop: int) -> Iterator[np.ndarray]:
-        """Yields the tokens of the rows [first, stop) that all replicas together read, by row number.
-
-        Each has the seq_len + 1 tokens of a row, fewer at the end of a shard. Not to be written to.
-        """
-        for begin in range(first, stop, self.global_rows):
-            row_numbers = np.arange(begin, min(begin + self.global_rows, stop))
-            yield from self._read(row_numbers)
-
-    def describe_rows(self, row_numbers) -> list[RowPlace]:
-        """Where rows come from, for ledgers and people."""
-        epochs, shards, rows = self.order.locate(row_numbers)
-        names = self.rows.manifest.shards
-        return [
-            RowPlace(epoch, names[shard].name, row, *self.rows.token_range(shard, row))
-            for epoch, shard, row in zip(epochs.tolist(), shards.tolist(), rows.tolist(), strict=True)
-        ]
-
     def _make_steps(self, row: int) -> Iterator[list[Batch]]:
         while True:
             row_numbers = self.order.replica_rows(row, self.global_rows, self.replica, self.num_replicas)
-            read = self._read(row_numbers)
-            yield [
-                build_batch(
-                    self.rows, read[begin : begin + self.micro_rows], row_numbers[begin : begin + self.micro_rows]
-                )
-                for begin in range(0, len(read), self.micro_rows)
-            ]
+            read = read_rows(self.rows, self.order, row_numbers)
+            micro = [slice(begin, begin + self.micro_rows) for begin in range(0, len(read), self.micro_rows)]
+            yield [build_batch(self.rows, read[part], row_numbers[part]) for part in micro]
             row += self.global_rows
-
-    def _read(self, row_numbers: np.ndarray) -> list[np.ndarray]:
-        _, shards, rows = self.order.locate(row_numbers)
-        return [self.rows.read(shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
 
 def build_batch(rows: CorpusRows, read: Sequence[np.ndarray], row_numbers: np.ndarray) -> Batch:
@@ -114,7 +77,7 @@ def check_batch(rows: CorpusRows, global_rows: int, micro_rows: int, num_replica
         remedy = (
             f"set train.global_batch_tokens to {fitting * rows.seq_len} or less"
             if fitting
-            else (f"lower train.micro_batch_size x dp = {unit}")
+            else f"lower train.micro_batch_size x dp = {unit}"
         )
         raise DataError(
             f"{rows.manifest.index_path} has {rows.num_rows} rows of seq_len = {rows.seq_len}, fewer than the "

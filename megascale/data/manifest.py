@@ -8,7 +8,7 @@ describes each field.
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -18,10 +18,19 @@ from megascale.errors import DataError
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 INDEX_MEMBER = "__index__"
-INDEX_COLUMNS = ("token_offset", "tokens", "document_offset", "documents", "token_crc32", "document_crc32")
-"""One row of a shard's block table. Offsets are bytes from the start of the tar to the first array element."""
 DOCUMENT_DTYPE = np.dtype("<u4")
 """Document ends are counted within a block, which 2^32 tokens bound."""
+
+
+class BlockEntry(NamedTuple):
+    """One row of a shard's block table. Offsets are bytes from the start of the tar to the first array element."""
+
+    token_offset: int
+    tokens: int
+    document_offset: int
+    documents: int
+    token_crc32: int
+    document_crc32: int
 
 
 class Record(BaseModel):

@@ -18,6 +18,7 @@ Source: splitmix64 (Steele, Lea, Flood, OOPSLA 2014); Feistel permutation with c
 2002, section 4); lanes are the canonical nodes of MosaicML streaming.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,17 +30,16 @@ SHARDS_KEY, WINDOW_KEY = 1, 2
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """Hashes each uint64 to a uint64, bijectively."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    """Hashes each element of a uint64 array to a uint64, bijectively; sums and products wrap around."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def derive_key(*parts: int | np.ndarray) -> np.ndarray:
-    """Hashes a sequence of non-negative integers, or of arrays that broadcast, to uint64 keys."""
-    key = np.uint64(0)
+    """Hashes a sequence of non-negative integers, or of 1-D arrays that broadcast, to a 1-D array of uint64 keys."""
+    key = np.zeros(1, np.uint64)
     for part in parts:
         key = splitmix64(key ^ np.asarray(part, np.uint64))
     return key
@@ -103,17 +103,19 @@ class RowOrder:
     All four are part of the order: a run keeps them for its life.
     """
 
-    def __init__(self, rows_per_shard, seed: int, num_lanes: int = 64, window_rows: int = 4096):
+    def __init__(
+        self, rows_per_shard: Sequence[int] | np.ndarray, seed: int, num_lanes: int = 64, window_rows: int = 4096
+    ):
         self.rows_per_shard = np.asarray(rows_per_shard, np.int64)
         self.seed, self.num_lanes, self.window_rows = seed, num_lanes, window_rows
         self.num_rows = int(self.rows_per_shard.sum())
         assert self.num_rows > 0, "an order over no rows"
         self._epoch = lru_cache(2)(self._build_epoch)  # a batch may straddle two epochs
 
-    def locate(self, row_numbers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def locate(self, row_numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Maps row numbers to (epoch, shard, row within the shard), each int64 of the same length.
 
-        Cost: about 0.3 us a row, and O(shards + lanes) when a new epoch begins.
+        Cost: about 0.5 us a row, and O(shards + lanes) when a new epoch begins.
         """
         row_numbers = np.asarray(row_numbers, np.int64)
         epochs = row_numbers // self.num_rows

@@ -1,13 +1,29 @@
-"""A split as rows of seq_len + 1 tokens."""
+"""A split as rows of seq_len + 1 tokens, and what a run reads of it. Without torch, for tools and tests."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megascale.data.manifest import Manifest, check_corpus, load_manifest
+from megascale.data.order import RowOrder
 from megascale.data.packing import count_rows, row_token_range
 from megascale.data.shards import ShardStore
 from megascale.errors import DataError
+
+ROWS_AT_ONCE = 1024
+"""Rows that `rows_read` locates in one call, which spreads its fixed cost."""
+
+
+class RowPlace(NamedTuple):
+    """Where the tokens of a row come from: tokens [start, stop) of a shard, read in an epoch."""
+
+    epoch: int
+    shard_name: str
+    row: int
+    start: int
+    stop: int
 
 
 class CorpusRows:
@@ -52,3 +68,24 @@ def open_rows(folder: str | Path, split: str, seq_len: int, vocab_size: int) -> 
     manifest = load_manifest(folder, split)
     check_corpus(manifest, vocab_size)
     return CorpusRows(manifest, seq_len)
+
+
+def read_rows(rows: CorpusRows, order: RowOrder, row_numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """The tokens of rows of a run, by row number: seq_len + 1 each, fewer at a shard's end. Not to be written to."""
+    _, shards, places = order.locate(row_numbers)
+    return [rows.read(shard, row) for shard, row in zip(shards.tolist(), places.tolist(), strict=True)]
+
+
+def rows_read(rows: CorpusRows, order: RowOrder, first: int, stop: int) -> Iterator[np.ndarray]:
+    """Yields the tokens of the rows [first, stop) that all replicas of a run together read, by row number."""
+    for begin in range(first, stop, ROWS_AT_ONCE):
+        yield from read_rows(rows, order, np.arange(begin, min(begin + ROWS_AT_ONCE, stop)))
+
+
+def describe_rows(rows: CorpusRows, order: RowOrder, row_numbers: Sequence[int] | np.ndarray) -> list[RowPlace]:
+    """Where rows of a run come from, for ledgers and people."""
+    located = zip(*(array.tolist() for array in order.locate(row_numbers)), strict=True)
+    return [
+        RowPlace(epoch, rows.manifest.shards[shard].name, row, *rows.token_range(shard, row))
+        for epoch, shard, row in located
+    ]

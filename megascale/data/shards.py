@@ -3,11 +3,13 @@
 import io
 import mmap
 import zlib
+from bisect import bisect_left, bisect_right
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import numpy as np
 
-from megascale.data.manifest import DOCUMENT_DTYPE, INDEX_COLUMNS, INDEX_MEMBER, Manifest, check_shard_file
+from megascale.data.manifest import DOCUMENT_DTYPE, INDEX_MEMBER, BlockEntry, Manifest, check_shard_file
 from megascale.errors import DataError
 
 
@@ -24,29 +26,29 @@ class Shard:
     def __init__(self, manifest: Manifest, number: int):
         check_shard_file(manifest, number)
         self._manifest, self._info = manifest, manifest.shards[number]
-        self._path = manifest.shard_path(number)
+        self._path, self._token_dtype = manifest.shard_path(number), manifest.token_dtype
         with self._path.open("rb") as file:
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._table = self._read_table()
-        self._is_checked = np.zeros(len(self._table), bool)
-        self.block_ends = np.cumsum(self._column("tokens"))
-        """Tokens of the shard up to the end of each block."""
+        self.table = self._read_table()
+        """The rows of the block table."""
+        self._is_checked = [False] * len(self.table)
+        self._block_ends = list(accumulate(block.tokens for block in self.table))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens [start, stop) of the shard: a view where one block holds them, else a copy."""
-        first = int(np.searchsorted(self.block_ends, start, "right"))
-        last = int(np.searchsorted(self.block_ends, stop - 1, "right"))
+        first = bisect_right(self._block_ends, start)
+        last = bisect_left(self._block_ends, stop)
+        begin = self._block_ends[first] - self.table[first].tokens
         parts = [self.block_tokens(block) for block in range(first, last + 1)]
-        begin = int(self.block_ends[first]) - len(parts[0])
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return tokens[start - begin : stop - begin]
 
     def block_tokens(self, block: int) -> np.ndarray:
         """The tokens of a block, verified."""
-        offset, count = self._table[block, :2].tolist()
-        tokens = np.frombuffer(self._memory, self._manifest.token_dtype, count, offset)
+        entry = self.table[block]
+        tokens = np.frombuffer(self._memory, self._token_dtype, entry.tokens, entry.token_offset)
         if not self._is_checked[block]:
-            self._check_crc(block, tokens, "token_crc32")
+            self._check_crc(block, "tokens", tokens, entry.token_crc32)
             if int(tokens.max()) >= self._manifest.vocab_size:
                 self._fail(
                     f"block {block} holds token id {int(tokens.max())}, vocab_size = {self._manifest.vocab_size}",
@@ -57,33 +59,28 @@ class Shard:
 
     def document_ends(self, block: int) -> np.ndarray:
         """Cumulative ends of a block's documents in tokens, verified; the last one is the block's length."""
-        offset, count = self._table[block, 2:4].tolist()
-        ends = np.frombuffer(self._memory, DOCUMENT_DTYPE, count, offset)
-        self._check_crc(block, ends, "document_crc32")
+        entry = self.table[block]
+        ends = np.frombuffer(self._memory, DOCUMENT_DTYPE, entry.documents, entry.document_offset)
+        self._check_crc(block, "document ends", ends, entry.document_crc32)
         return ends
 
-    def _column(self, name: str) -> np.ndarray:
-        return self._table[:, INDEX_COLUMNS.index(name)]
-
-    def _read_table(self) -> np.ndarray:
-        """The block table, as int64 [blocks, 6]."""
+    def _read_table(self) -> list[BlockEntry]:
         info = self._info
         content = self._memory[info.index_offset : info.index_offset + info.index_bytes]
         if zlib.crc32(content) != info.index_crc32:
             self._fail(f"crc32 of member {INDEX_MEMBER} is {zlib.crc32(content):08x}, expected {info.index_crc32:08x}")
-        table = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False).astype(np.int64)
-        expected = (info.blocks, len(INDEX_COLUMNS))
-        if table.shape != expected:
-            self._fail(f"member {INDEX_MEMBER} has the shape {table.shape}, expected {expected}")
-        for column, name, count in ((1, "tokens", info.tokens), (3, "documents", info.documents)):
-            if int(table[:, column].sum()) != count:
-                self._fail(f"member {INDEX_MEMBER} counts {int(table[:, column].sum())} {name}, expected {count}")
+        rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False).tolist()
+        table = [BlockEntry(*row) for row in rows]
+        found = (len(table), sum(entry.tokens for entry in table), sum(entry.documents for entry in table))
+        expected = (info.blocks, info.tokens, info.documents)
+        if found != expected:
+            self._fail(f"member {INDEX_MEMBER} counts (blocks, tokens, documents) = {found}, expected {expected}")
         return table
 
-    def _check_crc(self, block: int, content: np.ndarray, column: str) -> None:
-        found, expected = zlib.crc32(content), int(self._column(column)[block])
+    def _check_crc(self, block: int, what: str, content: np.ndarray, expected: int) -> None:
+        found = zlib.crc32(content)
         if found != expected:
-            self._fail(f"block {block}: {column} is {found:08x}, expected {expected:08x}")
+            self._fail(f"block {block}: crc32 of the {what} is {found:08x}, expected {expected:08x}")
 
     def _fail(
         self, fault: str, remedy: str = "the file is damaged: restore it or build the corpus again with --overwrite"

@@ -1,11 +1,11 @@
-"""DeepSpeed's ZeRO-1 optimizer with fp32 main gradients, made to move what theory says and to hold any parameter format.
+"""DeepSpeed's ZeRO-1 optimizer with fp32 main gradients, made to move what theory says and to hold any format.
 
-DeepSpeed's `BF16_Optimizer` keeps each parameter group flat, with an fp32 gradient buffer of the whole group and an fp32
-master and moments of this rank's partition. Three things differ here:
+DeepSpeed's `BF16_Optimizer` keeps each parameter group flat, with an fp32 gradient buffer of the whole group and an
+fp32 master and moments of this rank's partition. Three things differ here:
 
 - Gradients are reduce-scattered; DeepSpeed all-reduces them (DeepSpeed issue 6463), twice the traffic.
-- Parameters may be fp32 or fp16 too. In fp32 the gradients are accumulated by autograd in the flat buffer itself and the
-  master is the parameter, so neither costs a copy.
+- Parameters may be fp32 or fp16 too. In fp32 the gradients are accumulated by autograd in the flat buffer itself and
+  the master is the parameter, so neither costs a copy.
 - Over a group of one rank it is ZeRO-0: nothing is partitioned, and gradients are all-reduced. DeepSpeed's own stage 0
   takes a spurious first step in bf16 and reports no gradient norm.
 """
@@ -69,7 +69,7 @@ class FlatZeroOptimizer(BF16_Optimizer):
 
         Cost: 4 bytes x parameters x (n-1)/n sent by each rank (reduce-scatter), twice that for ZeRO-0 (all-reduce).
         """
-        buffers = zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition)
+        buffers = zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True)
         for whole, partition in buffers:
             if self.is_partitioned:
                 dist.reduce_scatter_tensor(partition, whole, group=self.reduce_group)
@@ -118,8 +118,8 @@ class FlatZeroOptimizer(BF16_Optimizer):
             self.optimizer.param_groups[index]["params"] = [master]
 
     def _accumulate_in_place(self) -> None:
-        for parameters, gradients in zip(self.bf16_groups, self.fp32_groups_gradients):
-            for parameter, gradient in zip(parameters, gradients):
+        for parameters, gradients in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient.view_as(parameter)
 
     def _note_nonfinite(self) -> None:

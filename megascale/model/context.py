@@ -1,4 +1,4 @@
-# ruff: noqa: N815 (shape suffixes are upper case)
+
 """What every layer may need besides the hidden state, computed once per micro-batch and equal on every stage.
 
 Shapes: B rows, T positions, C head_dim.
@@ -44,6 +44,6 @@ def build_context(
     if position_ids_BT is None:
         position_ids_BT = columns_T[None]
     cos_BT1C = sin_BT1C = None
-    if config.family != "gpt2":
+    if config.is_rotary:
         cos_BT1C, sin_BT1C = rotary_table(position_ids_BT, config.head_dim, config.rotary_base)
     return Context(position_ids_BT, columns_T, cos_BT1C, sin_BT1C, row_keys_B)

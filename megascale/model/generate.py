@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megascale.errors import DataError
+from megascale.errors import ConfigError, DataError
 from megascale.model.seeds import derive_seed
 from megascale.model.transformer import Transformer
 
@@ -22,6 +22,9 @@ class Sampling:
         top_k: keep the k likeliest tokens only.
         top_p: keep the fewest likeliest tokens that hold this share of the probability (Holtzman et al. 2020).
         seed: decides every draw; row i draws from its own stream, whatever the other rows are.
+
+    Raises:
+        ConfigError: a value leaves nothing to draw from.
     """
 
     temperature: float = 1.0
@@ -29,8 +32,16 @@ class Sampling:
     top_p: float | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ConfigError(f"temperature = {self.temperature} is negative; use 0 for the likeliest token, or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k = {self.top_k} keeps no token; use at least 1, or leave it out")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p} is not a share of the probability; use more than 0, at most 1")
 
-@torch.inference_mode()
+
+@torch.no_grad()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -56,7 +67,7 @@ def generate(
     is_done = [False] * len(rows)
     for _ in range(max_new_tokens):
         tokens_BT, last_B = window_of(rows, model.config.max_seq_len)
-        logits_BV = model.next_logits(tokens_BT.to(device), last_B.to(device)).float().cpu()
+        logits_BV = model(tokens_BT.to(device), last_B=last_B.to(device)).float().cpu()
         drawn = [
             None if done else draw_token(logits_V, sampling, generator)
             for done, logits_V, generator in zip(is_done, logits_BV, generators, strict=True)

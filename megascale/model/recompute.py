@@ -1,10 +1,10 @@
 """Activation recompute: the backward pass computes again what the forward pass didn't keep.
 
-| mode      | kept per block                        | computed again                                        |
-|-----------|---------------------------------------|-------------------------------------------------------|
-| none      | everything that backward reads        | nothing                                               |
+| mode      | kept per block                         | computed again                                        |
+|-----------|----------------------------------------|-------------------------------------------------------|
+| none      | everything that backward reads         | nothing                                               |
 | selective | the block's input, the matrix products | norms, rotation, attention, activation, dropout, sums |
-| full      | the block's input                     | the whole block                                       |
+| full      | the block's input                      | the whole block                                       |
 
 Nothing depends on a random state (see `dropout.py`), so all three give the same gradients to the bit.
 Source: Chen et al. 2016; selective in the spirit of Korthikanti et al. 2022, section 5.

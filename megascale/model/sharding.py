@@ -21,8 +21,8 @@ class ParameterRule:
     Attributes:
         pattern: an `fnmatch` pattern of global names.
         tp_dim: the dim that tensor parallelism cuts, None where every tp rank holds the whole.
-        decays: whether weight decay applies: to matrices, not to norms and biases (Loshchilov and Hutter 2019 leave it
-            open; this is the custom since Devlin et al. 2019).
+        decays: whether weight decay applies: to matrices, not to norms and biases, as in the published training code
+            of BERT (Devlin et al. 2019).
         init: how it starts, see `megascale.model.init`.
     """
 

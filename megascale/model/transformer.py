@@ -44,29 +44,24 @@ class Transformer(nn.Module):
         """The layers, first to last."""
         return [self.get_submodule(spec.name) for spec in self.specs]
 
-    def forward(self, tokens_BT: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens_BT: torch.Tensor, context: Context | None = None, last_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits of the token after each position, in the model's dtype.
 
-        Shape: (B, T) int64 to (B, T, V); ids from `vocab_size` on get minus infinity.
+        Given `last_B`, the head sees that position of each row only, which is all that generation needs.
+
+        Shape: (B, T) int64 to (B, T, V), or with `last_B` (B) int64 to (B, V). Ids from `vocab_size` on get minus
+            infinity.
         """
-        hidden = tokens_BT
         context = context or build_context(self.config, tokens_BT.shape[1], tokens_BT.device)
-        for layer in self.layers:
-            hidden = layer(hidden, context)
-        return hidden
-
-    def next_logits(self, tokens_BT: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
-        """Logits of the token after position `last_B` of each row; the head skips all other positions.
-
-        Shape: (B, T) and (B), int64, to (B, V).
-        """
-        *layers, head = self.layers
+        *body, head = self.layers
         hidden = tokens_BT
-        context = build_context(self.config, tokens_BT.shape[1], tokens_BT.device)
-        for layer in layers:
+        for layer in body:
             hidden = layer(hidden, context)
-        rows_B = torch.arange(len(last_B), device=last_B.device)
-        return head(hidden[rows_B, last_B], context)
+        if last_B is not None:
+            hidden = hidden[torch.arange(len(last_B), device=last_B.device), last_B]
+        return head(hidden, context)
 
 
 def build_model(config: ModelConfig, seed: int) -> Transformer:

@@ -27,12 +27,12 @@ def draw_loss_curve(run_folder: Path, path: Path) -> Path:
     if not lines:
         raise DataError(f"{run_folder / METRICS_FILE} has no metrics to draw; train the run for a step or more")
     figure = loss_figure(lines, read_json(run_folder / BASELINES_FILE) or [])
-    figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight", metadata={"Date": None} if _is_svg(path) else None)
+    figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight")
     return path
 
 
 def loss_figure(lines: list[dict], fits: list[dict]) -> Figure:
-    """The loss of each step (light), its running mean, the validation points, and n-gram baselines as steps."""
+    """The loss of each step (light), its running mean, the validation points, and the n-gram baselines."""
     figure, axes = _build_axes("step", "loss, nats per token", height=4.2)
     steps, losses = series(lines, "train", "loss")
     if len(steps) > 20:
@@ -41,10 +41,9 @@ def loss_figure(lines: list[dict], fits: list[dict]) -> Figure:
     else:
         axes.plot(steps, losses, color=COLORS["train"], marker=".", label="training")
     axes.plot(*series(lines, "eval", "loss"), color=COLORS["eval"], marker="o", markersize=3.5, label="validation")
-    last_step = max(line["step"] for line in lines)
     for name in sorted({name for fit in fits for name in fit["losses"]}, reverse=True):
         known = [(fit["step"], fit["losses"][name]) for fit in fits if name in fit["losses"]]
-        _draw_baseline(axes, name, known, last_step)
+        _draw_baseline(axes, name, sorted(known))
     _limit_to_interest(axes, losses)
     axes.legend(frameon=False, labelcolor=_INK)
     return figure
@@ -79,7 +78,13 @@ def running_mean(values: list[float], width: int) -> list[float]:
 def to_inline_svg(figure: Figure, description: str) -> str:
     """Renders a figure as an SVG element that scales with the page and takes its ink from the page's text color."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        buffer,
+        format="svg",
+        transparent=True,
+        bbox_inches="tight",
+        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r' (?:width|height)="[0-9.]+pt"', "", svg, count=2)
@@ -99,7 +104,7 @@ def _build_axes(x_label: str, y_label: str, height: float) -> tuple[Figure, Axes
     axes = figure.add_subplot()
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
-    axes.tick_params(colors=_INK, length=3)
+    axes.tick_params(which="both", colors=_INK, length=3)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.margins(x=0.01)
     for side, spine in axes.spines.items():
@@ -108,14 +113,14 @@ def _build_axes(x_label: str, y_label: str, height: float) -> tuple[Figure, Axes
     return figure, axes
 
 
-def _draw_baseline(axes: Axes, name: str, known: list[tuple[int, float]], last_step: int) -> None:
-    """A line where there is one fit; steps where there are several, each valid from its step to the next."""
+def _draw_baseline(axes: Axes, name: str, fits: list[tuple[int, float]]) -> None:
+    """A level where there is one fit; otherwise a line through the fits, each at the step that had read its tokens."""
     style = {"color": COLORS.get(name, "#8a8f98"), "linestyle": _DASHES.get(name, "--"), "linewidth": 1.3}
-    if len(known) == 1:
-        axes.axhline(known[0][1], label=f"{name} {known[0][1]:.3f}", **style)
-        return
-    known = [*sorted(known), (max(last_step, known[-1][0]), sorted(known)[-1][1])]
-    axes.step(*zip(*known, strict=True), where="post", label=f"{name} {known[-1][1]:.3f}", **style)
+    label = f"{name} {fits[-1][1]:.3f}"
+    if len(fits) == 1:
+        axes.axhline(fits[0][1], label=label, **style)
+    else:
+        axes.plot(*zip(*fits, strict=True), label=label, **style)
 
 
 def _limit_to_interest(axes: Axes, losses: list[float]) -> None:
@@ -128,7 +133,3 @@ def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]
     """At most about 2000 points: no screen shows more, and the page stays small."""
     stride = len(steps) // _MAX_POINTS + 1
     return steps[::stride], values[::stride]
-
-
-def _is_svg(path: Path) -> bool:
-    return path.suffix.lower() == ".svg"

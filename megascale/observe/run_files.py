@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -62,7 +63,7 @@ class BaselineFit:
 
 
 def write_baselines(run_folder: Path, fits: Iterable[BaselineFit]) -> Path:
-    """Writes `baselines.json`, which the report draws: one fit as a line, several as steps."""
+    """Writes `baselines.json`, which the report draws: one fit as a level, several as a line."""
     path = run_folder / BASELINES_FILE
     write_atomically(path, (json.dumps([asdict(fit) for fit in fits], indent=2) + "\n").encode())
     return path
@@ -93,6 +94,14 @@ def read_json_lines(path: Path) -> Iterator[dict]:
                 continue
             if isinstance(value, dict):
                 yield value
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None when it is missing or damaged: the report shows what there is."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def read_metrics(run_folder: Path) -> Iterator[dict]:

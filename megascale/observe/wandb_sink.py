@@ -161,6 +161,8 @@ class WandbSink:
     def _open(self) -> "wandb.Run":
         """Continues the W&B run, and finds out which steps it has."""
         last_steps = {path: mend(path) for path in session_files(self._run_folder, self.run_id)}
+        if self._config.mode == "online" and self._mode == "offline":
+            self._warn("W&B stays offline: no API key is configured; set WANDB_API_KEY or call `wandb login`.")
         unsynced = [path.parent for path, step in last_steps.items() if step >= 0 and is_unsynced_offline(path)]
         if self._mode == "online" and unsynced:
             # Their steps come before those of this session, and W&B takes steps in order only.

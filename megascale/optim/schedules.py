@@ -24,7 +24,7 @@ def learning_rate(
     - linear, cosine: from the peak at step `warmup_steps` down to the floor at step `horizon_steps`
       (cosine: Loshchilov and Hutter 2017, equation 5, without restarts);
     - wsd: the peak until `decay_steps` before the horizon, then down as 1 - sqrt (warm-up, stable, decay: Hu et al.
-      2024, MiniCPM; the shape: Haegele et al. 2024, section 3).
+      2024, MiniCPM; the shape: Haegele et al. 2024).
 
     The floor is `min_fraction` x peak. The horizon is the first step that is no longer part of the plan: a run of
     `horizon_steps` steps never quite gets to the floor, and one that goes on stays there.

@@ -54,7 +54,7 @@ class Mesh:
     def control_gather(self, value: int) -> list[int]:
         """One whole number of every rank, in rank order. Cost: one all-gather of 8 bytes a rank on CPU."""
         values = torch.empty(self.world_size, dtype=torch.int64)
-        dist.all_gather(list(values.split(1)), torch.tensor([value]), group=self.control_group)
+        dist.all_gather(list(values.split(1)), torch.tensor([value], dtype=torch.int64), group=self.control_group)
         return values.tolist()
 
     def all_true(self, flag: bool) -> bool:

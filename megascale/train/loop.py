@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from dataclasses import replace
 
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
@@ -55,14 +56,14 @@ def evaluate_when_due(run: Run, state: RunState) -> RunState:
     if record is None:
         return state
     run.logger.log_eval(record)
-    return state.replace(evaluated_step=state.step)
+    return replace(state, evaluated_step=state.step)
 
 
 def save(run: Run, state: RunState, saved_step: int | None) -> int | None:
     """Saves a checkpoint and returns its step, or the step of the last one when this one couldn't be saved."""
     if state.step == saved_step:
         return saved_step
-    state = state.replace(optimizer_scalars=run.engine.scalars())
+    state = replace(state, optimizer_scalars=run.engine.scalars())
     try:
         save_checkpoint(
             run.folder, run.record, state, run.engine.state_pieces(), comm=run.mesh,

@@ -9,14 +9,11 @@ from pathlib import Path
 import torch
 
 from megascale.config.load import load_config
-from megascale.errors import EXIT_OK, EXIT_RUN, MegascaleError, StopRequested
+from megascale.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_RUN, MegascaleError, StopRequested
 from megascale.parallel.mesh import close_mesh, read_rank_info
 from megascale.train.loop import train
 from megascale.train.setup import set_up
 from megascale.train.signals import StopRequest, stop_when_parent_dies
-
-EXIT_PEER_LOST = 76
-"""This rank failed only because another one was gone: the launcher looks for the other's reason."""
 
 PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed")
 

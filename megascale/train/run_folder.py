@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 from megascale.checkpoint.comm import run_on_rank_zero
@@ -20,7 +21,7 @@ TOKENIZER_FILE = "tokenizer.json"
 def claim_run_folder(
     folder: Path, mesh: Mesh, record: RunRecord, is_fresh: bool
 ) -> tuple[RunRecord, RunLease | None]:
-    """Takes the run folder for this job and gives the record its run id: the folder's, or a new one. Every rank calls it.
+    """Takes the run folder for this job and gives the record the folder's run id, or a new one. Every rank calls it.
 
     Args:
         is_fresh: set the run that the folder holds aside, its checkpoints and metrics included.
@@ -36,7 +37,7 @@ def claim_run_folder(
     run_id = read_run_id(folder)
     if not mesh.all_true(run_id is not None):
         raise CheckpointError(f"{folder / RUN_FILE}: rank 0 wrote it, another rank can't read it; all must share it")
-    return record.model_copy(update={"run_id": run_id}), leases[0] if leases else None
+    return replace(record, run_id=run_id), leases[0] if leases else None
 
 
 def read_run_id(folder: Path) -> str | None:
@@ -46,7 +47,7 @@ def read_run_id(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / RUN_FILE}: can't be read: {error}; restore it, or start with --fresh") from None
+        raise CheckpointError(f"{folder / RUN_FILE}: can't be read: {error}; restore it, or use --fresh") from None
 
 
 def describe_run_folder(folder: Path, record: RunRecord, tokenizer_path: Path) -> None:

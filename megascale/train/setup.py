@@ -1,5 +1,6 @@
 """From a config to everything that the loop needs, straight down: ranks, data, model, engine, state, logs."""
 
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,9 @@ import torch
 
 from megascale.checkpoint.comm import run_on_rank_zero
 from megascale.checkpoint.compare import check_same_run
+from megascale.checkpoint.find import VerifiedCheckpoint, find_checkpoint
 from megascale.checkpoint.index import RunRecord, code_versions
 from megascale.checkpoint.lease import RunLease
-from megascale.checkpoint.find import VerifiedCheckpoint, find_checkpoint
 from megascale.checkpoint.load import load_pieces
 from megascale.checkpoint.state import RunState
 from megascale.config.derive import Derived, derive, describe
@@ -25,13 +26,11 @@ from megascale.model.flops import num_parameters, train_flops_per_token
 from megascale.model.recompute import set_recompute
 from megascale.model.sharding import is_decayed
 from megascale.model.transformer import build_model, compile_blocks
-from megascale.observe.console import ConsoleSink
-from megascale.observe.jsonl import JsonlSink
+from megascale.observe.build import build_logger
 from megascale.observe.logger import Logger
 from megascale.observe.peaks import peak_bf16_flops
 from megascale.observe.run_files import Session, append_session
 from megascale.observe.throughput import StepTimer
-from megascale.observe.wandb_sink import WandbSink, build_run_id
 from megascale.optim.optimizer import build_adamw, parameter_groups
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
@@ -137,7 +136,7 @@ def _build_engine(config: RunConfig, mesh: Mesh) -> Engine:
 
 def _load_state(checkpoint: VerifiedCheckpoint | None, engine: Engine, mesh: Mesh) -> RunState:
     if checkpoint is None:
-        return RunState.at_start(wandb_run_id=build_run_id() if mesh.rank == 0 else None)
+        return RunState.at_start(wandb_run_id=secrets.token_hex(8))
     load_pieces(checkpoint, engine.state_pieces(), comm=mesh)
     state = checkpoint.index.state
     engine.restore_scalars(state.optimizer_scalars)
@@ -171,9 +170,8 @@ def _build_observers(
         versions=code_versions(),
         facts=facts,
     ))
-    sinks = (
-        ConsoleSink(config.train.max_steps),
-        JsonlSink(folder, start.step),
-        WandbSink(config.observe.wandb, start.wandb_run_id, folder, start.step, resolved_values(config)),
+    logger = build_logger(
+        config.observe, mesh.rank, folder, start.wandb_run_id, start.step, config.train.max_steps,
+        resolved_values(config),
     )
-    return Logger(sinks), timer
+    return logger, timer

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,7 @@ RUN = RunRecord(
 )
 
 
-class PeerGone(RuntimeError):
+class PeerGoneError(RuntimeError):
     """What a collective raises when another rank died."""
 
 
@@ -39,7 +40,7 @@ class ThreadComm:
             gathered = list(self._values)
             self._barrier.wait(TIMEOUT_S)
         except threading.BrokenBarrierError:
-            raise PeerGone from None
+            raise PeerGoneError from None
         return gathered
 
     def die(self) -> None:
@@ -118,7 +119,8 @@ def equal_bits(ranks: list[list[StatePiece]], others: list[list[StatePiece]]) ->
 
 
 def state_at(step: int) -> RunState:
-    return RunState.at_start("wandb-1").replace(
+    return replace(
+        RunState.at_start("wandb-1"),
         step=step, rows=8 * step, tokens=100 * step, optimizer_scalars={"step": float(step), "loss_scale": 2.0**16},
     )
 

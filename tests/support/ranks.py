@@ -33,7 +33,8 @@ def run_ranks(module: str, world_size: int, arguments: list[str], folder: Path, 
     a hang the Python stacks (SIGABRT makes faulthandler print them).
     """
     port = free_port()
-    files = [open(folder / f"rank_{rank}.{kind}", "w+") for rank in range(world_size) for kind in ("out", "err")]
+    paths = [folder / f"rank_{rank}.{kind}" for rank in range(world_size) for kind in ("out", "err")]
+    files = [path.open("w+") for path in paths]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments], env=rank_environment(rank, world_size, port), cwd=REPOSITORY,

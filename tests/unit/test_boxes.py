@@ -1,5 +1,6 @@
 """Boxes against a plain mask over the flattened tensor."""
 
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -77,7 +78,7 @@ def test_boxes_outside_the_tensor_are_no_tiling():
 def test_the_intersection_indexes_the_same_elements_from_either_box(case):
     shape, boxes = case
     flat = torch.arange(prod(shape)).view(shape)
-    for a, b in zip(boxes, boxes[1:], strict=False):
+    for a, b in pairwise(boxes):
         common = intersect_boxes(a, b)
         both = set(flat[a.slices].reshape(-1).tolist()) & set(flat[b.slices].reshape(-1).tolist())
         if common is None:

@@ -1,5 +1,7 @@
 """Continuing a checkpoint under a changed config or corpus: what is refused, and with which words."""
 
+from dataclasses import replace
+
 import pytest
 
 from megascale.checkpoint.compare import changed_values, check_same_run
@@ -12,7 +14,7 @@ def is_safe(key: str) -> bool:
 
 
 def changed(**updates):
-    return RUN.model_copy(update=updates)
+    return replace(RUN, **updates)
 
 
 def test_the_same_run_and_safe_changes_pass():

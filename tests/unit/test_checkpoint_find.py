@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -72,14 +73,14 @@ def test_a_fresh_start_sets_everything_aside_and_deletes_nothing(run_folder):
 
 
 def test_a_stale_higher_step_of_another_run_is_not_taken(run_folder):
-    save_all(run_folder, 900, RANKS, run=RUN.model_copy(update={"run_id": "run-b"}))
+    save_all(run_folder, 900, RANKS, run=replace(RUN, run_id="run-b"))
     found = find(run_folder)
     assert found.index.state.step == 6
     assert "belongs to run run-b, not to this run run-a" in found.rejected[0]
 
 
 def test_any_run_is_taken_when_the_caller_does_not_know_the_run(run_folder):
-    save_all(run_folder, 900, RANKS, run=RUN.model_copy(update={"run_id": "run-b"}))
+    save_all(run_folder, 900, RANKS, run=replace(RUN, run_id="run-b"))
     assert find(run_folder, run_id=None).index.run.run_id == "run-b"
 
 
@@ -105,7 +106,7 @@ def test_peeking_changes_nothing_and_says_what_is_wrong(run_folder):
     before = sorted(path.relative_to(run_folder) for path in run_folder.rglob("*"))
     assert peek_checkpoint(run_folder).index.state.step == 3
     assert peek_checkpoint(run_folder, step=3).index.state.step == 3
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint of step 6; steps 3, 6 are there(?s:.)*no such file"):
+    with pytest.raises(CheckpointError, match=r"whole checkpoint of step 6; steps 3, 6 are there(?s:.)*no such file"):
         peek_checkpoint(run_folder, step=6)
     with pytest.raises(CheckpointError, match="there is none at all"):
         peek_checkpoint(run_folder / "elsewhere")

@@ -105,5 +105,5 @@ def test_a_damaged_lease_without_a_lock_is_nobodys(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="missing/lease.json: can't take the run folder: No such file"):
+    with pytest.raises(CheckpointError, match=r"missing/lease\.json: can't take the run folder: No such file"):
         RunLease.take(tmp_path / "missing")

@@ -159,3 +159,13 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     outcomes = save_all(tmp_path, 1, ranks)
     assert all(isinstance(outcome, CheckpointError) for outcome in outcomes)
     assert "step_00000001: not saved: the disk is too full. It needs 2.0 MiB, 1.0 MiB are free" in str(outcomes[0])
+
+
+def test_a_write_that_takes_only_a_part_goes_on_with_the_rest(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:5]))
+    ranks = cut_flat(make_tensors(SHAPES), [500_000])
+    save_all(tmp_path, 1, ranks)
+    loaded = zeros_like(ranks)
+    load_all(peek_checkpoint(tmp_path), loaded)
+    assert equal_bits(loaded, ranks)

@@ -1,14 +1,14 @@
 """The state of a run: how it advances, and that JSON carries it unchanged."""
 
 import json
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from megascale.checkpoint.index import parse_record, to_json
+from megascale.checkpoint.records import parse_record, to_json
 from megascale.checkpoint.state import RunState
 from megascale.engine.base import StepOutput
 from megascale.errors import CheckpointError
@@ -37,18 +37,18 @@ def test_a_skipped_step_reads_rows_but_trains_on_no_tokens():
 @settings(deadline=None, max_examples=300)
 @given(states)
 def test_json_carries_every_bit(state):
-    back = parse_record(RunState, to_json(state.model_dump()), Path("x"))
+    back = parse_record(RunState, to_json(asdict(state)), Path("x"))
     assert back == state
     assert {k: v.hex() for k, v in back.optimizer_scalars.items()} == {
         k: v.hex() for k, v in state.optimizer_scalars.items()
     }
 
 
-@pytest.mark.parametrize("name", RunState.model_fields)
+@pytest.mark.parametrize("name", [field.name for field in fields(RunState)])
 def test_a_missing_field_is_refused_by_name(name):
-    values = START.model_dump()
+    values = asdict(START)
     del values[name]
-    with pytest.raises(CheckpointError, match=f"state.json: {name}: Field required"):
+    with pytest.raises(CheckpointError, match=f"state.json: {name}: missing"):
         parse_record(RunState, to_json(values), Path("state.json"))
 
 
@@ -58,18 +58,18 @@ def test_a_missing_field_is_refused_by_name(name):
 )
 def test_unknown_fields_and_wrong_types_are_refused_by_name(name, value):
     with pytest.raises(CheckpointError, match=f"state.json: {name}: "):
-        parse_record(RunState, to_json({**START.model_dump(), name: value}), Path("state.json"))
+        parse_record(RunState, to_json({**asdict(START), name: value}), Path("state.json"))
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
 def test_scalars_that_are_not_finite_are_refused(number):
-    text = json.dumps({**START.model_dump(), "optimizer_scalars": {"loss_scale": 0}}).replace("0}}", f"{number}}}}}")
+    text = json.dumps({**asdict(START), "optimizer_scalars": {"loss_scale": 0}}).replace("0}}", f"{number}}}}}")
     with pytest.raises(CheckpointError, match=r"optimizer_scalars\.loss_scale"):
         parse_record(RunState, text.encode(), Path("x"))
 
 
 def test_changes_are_checked_and_the_state_is_frozen():
-    with pytest.raises(ValidationError):
-        START.replace(step=-1)
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match="-1 is negative"):
+        replace(START, step=-1)
+    with pytest.raises(FrozenInstanceError):
         START.step = 5

@@ -12,7 +12,7 @@ from megascale.data.loader import Loader, evaluation_batches
 from megascale.data.order import RowOrder
 from megascale.data.packing import IGNORED_LABEL
 from megascale.data.prefetch import prefetch
-from megascale.data.rows import open_rows
+from megascale.data.rows import describe_rows, open_rows, rows_read
 from megascale.errors import ConfigError, DataError
 from tests.support.corpus import make_corpus
 
@@ -75,7 +75,7 @@ def test_an_epoch_reads_every_token_once(folder):
     loader = make_loader(folder)
     num_rows = loader.rows.num_rows
     for epoch in range(2):
-        places = loader.describe_rows(np.arange(epoch * num_rows, (epoch + 1) * num_rows))
+        places = describe_rows(loader.rows, loader.order, np.arange(epoch * num_rows, (epoch + 1) * num_rows))
         assert {place.epoch for place in places} == {epoch}
         labels = Counter((p.shard_name, t) for p in places for t in range(p.start + 1, p.stop))
         assert set(labels.values()) == {1}
@@ -84,7 +84,7 @@ def test_an_epoch_reads_every_token_once(folder):
 
 def test_rows_read_are_what_the_steps_hold(folder):
     loader = make_loader(folder, global_rows=12)
-    read = list(loader.rows_read(5, 40))
+    read = list(rows_read(loader.rows, loader.order, 5, 40))
     steps = take(loader, 0, 4)
     by_number = {}
     for step in steps:
@@ -135,11 +135,27 @@ def prefetch_threads():
     return [thread for thread in threading.enumerate() if thread.name == "megascale-prefetch"]
 
 
-def test_the_thread_ends_with_its_consumer(folder):
-    """Caught mutation: no emptying of the queue, which leaves the thread in `put` for ever."""
+def test_the_thread_ends_with_its_consumer():
+    """Caught mutation: no emptying of the queue, which leaves the thread in `put` and the consumer in `join`."""
+    is_ahead = threading.Event()
+
+    def items():
+        for number in range(100):
+            if number == 4:
+                is_ahead.set()  # 0 and 1 are consumed, 2 and 3 fill the queue
+            yield number
+
+    made = prefetch(items(), 2)
+    assert [next(made), next(made)] == [0, 1]
+    assert is_ahead.wait(30)
+    assert len(prefetch_threads()) == 1
+    made.close()
+    assert not prefetch_threads()
+
+
+def test_the_loader_closes_its_thread(folder):
     steps = make_loader(folder).steps_from(0)
     next(steps)
-    assert len(prefetch_threads()) == 1
     steps.close()
     assert not prefetch_threads()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megascale.config.model import ModelConfig
-from megascale.errors import DataError
+from megascale.errors import ConfigError, DataError
 from megascale.model.generate import Sampling, draw_token, generate
 from megascale.model.transformer import build_model
 
@@ -70,7 +70,7 @@ def test_padded_ids_are_never_drawn():
         (Sampling(top_k=1), {2}),
         (Sampling(top_p=0.45), {2}),
         (Sampling(top_p=0.6), {0, 2}),
-        (Sampling(top_p=0.0), {2}),
+        (Sampling(top_p=0.001), {2}),
         (Sampling(top_k=3, top_p=0.99), {0, 1, 2}),
         (Sampling(top_k=100, top_p=1.0), {0, 1, 2, 3}),
     ],
@@ -88,6 +88,13 @@ def test_draws_follow_the_distribution_and_temperature():
     torch.testing.assert_close(draws.bincount() / 3000, logits_V.exp(), rtol=0, atol=0.04)
     cold = [draw_token(logits_V, Sampling(temperature=0.05), generator) for _ in range(100)]
     assert set(cold) == {1}
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_impossible_sampling_is_refused(values):
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"^{name} = "):
+        Sampling(**values)
 
 
 @pytest.mark.parametrize(

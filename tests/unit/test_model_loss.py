@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megascale.config.model import ModelConfig
 from megascale.model.loss import token_loss
@@ -18,6 +19,28 @@ def test_sum_and_count_over_labels():
     expected = sum(-logits_BTV[b, t].log_softmax(0)[labels_BT[b, t]] for b, t in ((0, 0), (0, 2), (1, 1), (1, 2)))
     assert nll_sum.item() == pytest.approx(expected.item(), rel=1e-6)
     assert num_labels.item() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_give_the_plain_loss_and_gradient(dtype):
+    """600 rows of 1000 are three chunks, the last one short; -inf stands for padding."""
+    generator = torch.Generator().manual_seed(1)
+    logits_BTV = torch.randn(2, 300, 1000, generator=generator).to(dtype)
+    logits_BTV[..., 990:] = float("-inf")
+    logits_BTV.requires_grad_()
+    labels_BT = torch.randint(0, 990, (2, 300), generator=generator)
+    labels_BT[:, ::7] = -100
+    nll_sum, _ = token_loss(logits_BTV, labels_BT)
+    expected = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="sum")
+    assert nll_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, theirs = (torch.autograd.grad(loss * 0.1, logits_BTV)[0] for loss in (nll_sum, expected))
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-7)
+
+
+def test_a_label_outside_the_vocabulary_is_an_error():
+    with pytest.raises(RuntimeError):
+        token_loss(torch.randn(1, 2, 8), torch.tensor([[1, -5]]))
 
 
 def test_no_label_at_all_is_zero_not_nan():

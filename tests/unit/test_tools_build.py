@@ -19,8 +19,19 @@ from megascale.data.manifest import load_manifest
 from megascale.data.shards import Shard
 from megascale.errors import DataError
 from tests.support.corpus import QUIET, make_text
+from tests.support.ranks import REPOSITORY
 
 SETTINGS = BuildSettings(vocab_size=300, validation_fraction=0.2, shard_tokens=2000, block_tokens=500)
+
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from data_tools import build
+from tests.unit.test_tools_build import QUIET, SETTINGS, find_source
+
+build.write_index = lambda manifest: time.sleep(60)
+build.build_corpus(find_source(sys.argv[1]), Path(sys.argv[2]), SETTINGS, 1, QUIET)
+"""
 
 
 @pytest.fixture
@@ -53,8 +64,8 @@ def documents(folder, split):
 def test_every_document_is_in_one_split_once(text, tmp_path):
     summary = build(text, tmp_path / "out")
     train, validation = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "validation")
-    written = sorted(path.read_text() for path in text.iterdir())
-    assert sorted(train + validation) == written
+    written = [path.read_text() for path in sorted(text.iterdir())]
+    assert sorted(train + validation) == sorted(written)
     assert train != [text for text in written if text in train], "documents are shuffled"
     assert 2 <= len(validation) <= 16
     assert len(summary.splits[0].shards) > 2
@@ -136,18 +147,12 @@ def test_a_failed_build_leaves_nothing(text, tmp_path, monkeypatch):
 def test_a_killed_build_is_cleared_by_the_next(text, tmp_path):
     """SIGKILL in the middle; caught mutation: building in the output folder itself."""
     out = tmp_path / "out"
-    program = (
-        "import sys, time; from data_tools import build; from tests.unit.test_tools_build import *\n"
-        "build.write_index = lambda manifest: time.sleep(60)\n"
-        "globals()['build'] = build.build_corpus\n"
-        "build.build_corpus(find_source(sys.argv[1]), Path(sys.argv[2]), SETTINGS, 1, QUIET)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", "from pathlib import Path\n" + program, str(text), str(out)])
+    process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(text), str(out)], cwd=REPOSITORY)
     partial = tmp_path / ".out.partial"
     deadline = time.monotonic() + 60
     while not list(partial.glob("train/*.tar")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    with pytest.raises(DataError, match="another build of .*out is running"):
+    with pytest.raises(DataError, match=r"another build of .*out is running"):
         build(text, out)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -159,7 +164,7 @@ def test_a_killed_build_is_cleared_by_the_next(text, tmp_path):
 
 def test_two_builds_of_one_folder(tmp_path):
     with partial_folder(tmp_path / "out"):
-        with pytest.raises(DataError, match="another build of .*out is running; wait for it or choose another --out"):
+        with pytest.raises(DataError, match=r"another build of .*out is running; wait for it or choose another --out"):
             with partial_folder(tmp_path / "out"):
                 pass
 

@@ -30,10 +30,11 @@ def test_build_verify_inspect(tmp_path):
 def test_tokenizer_and_tokenize(tmp_path):
     text = make_text(tmp_path / "text")
     run("tokenizer", text, "--out", tmp_path / "t" / "tokenizer.json", "--vocab-size", 280, "--pattern", "*.txt")
-    run("tokenize", text, "--tokenizer", tmp_path / "t" / "tokenizer.json", "--out", tmp_path / "out", "--workers", 1)
+    tokenizer, fraction = tmp_path / "t" / "tokenizer.json", ["--validation-fraction", 0.2]
+    run("tokenize", text, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 1, *fraction)
     manifest = load_manifest(tmp_path / "out", "train")
     assert manifest.vocab_size == 280
-    assert manifest.tokenizer_path.read_bytes() == (tmp_path / "t" / "tokenizer.json").read_bytes()
+    assert manifest.tokenizer_path.read_bytes() == tokenizer.read_bytes()
 
 
 def test_inspect_refuses_a_row_that_is_not_there(tmp_path):

@@ -1,0 +1,5 @@
+"""`python -m launcher` is `megascale`."""
+
+from launcher.cli import main
+
+main()

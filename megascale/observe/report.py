@@ -1,0 +1,183 @@
+"""One HTML file that shows a run: facts, curves, baselines, text it generated, and the sessions it took."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from megascale.errors import DataError
+from megascale.observe import page
+from megascale.observe.console import format_count, format_duration
+from megascale.observe.curves import loss_figure, metric_figure, series, to_inline_svg
+from megascale.observe.redact import redact
+from megascale.observe.run_files import (
+    BASELINES_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLE_FILE,
+    SESSIONS_FILE,
+    read_json,
+    read_json_lines,
+    read_metrics,
+    write_atomically,
+)
+
+REPORT_FILE = "report.html"
+
+
+def write_report(run_folder: Path, out: Path | None = None) -> Path:
+    """Writes the report of a run, finished or still running; returns its path, by default `report.html` in the folder.
+
+    It shows what the folder has: only `metrics.jsonl` must be there.
+
+    Raises:
+        DataError: the run has no metrics.
+    """
+    lines = list(read_metrics(run_folder))
+    if not lines:
+        raise DataError(f"{run_folder / METRICS_FILE} has no metrics to report; train the run for a step or more")
+    fits = read_json(run_folder / BASELINES_FILE) or []
+    sessions = list(read_json_lines(run_folder / SESSIONS_FILE))
+    config_text = _read_text(run_folder / CONFIG_FILE)
+    config = redact(yaml.safe_load(config_text) or {}) if config_text else {}
+    name = run_folder.resolve().name
+    body = [
+        page.heading(name, _subtitle(lines, sessions)),
+        page.tiles(_first_numbers(lines, fits)),
+        page.section("Loss", to_inline_svg(loss_figure(lines, fits), "Loss curve")),
+        page.section("Compared on the validation split", _comparison(lines, fits)),
+        page.section("Optimization and speed", _small_curves(lines)),
+        page.section("What it writes", page.preformatted(_read_text(run_folder / SAMPLE_FILE))),
+        page.section("The run", page.table(_facts(config, sessions))),
+        page.section("Sessions", _session_table(sessions)),
+        page.section("Evaluations", _evaluation_table(lines)),
+        page.folded("Config", page.preformatted(yaml.safe_dump(config, sort_keys=False) if config else "")),
+    ]
+    path = out or run_folder / REPORT_FILE
+    write_atomically(path, page.page(f"{name}: training report", body).encode())
+    return path
+
+
+def _subtitle(lines: list[dict], sessions: list[dict]) -> str:
+    step = max(line["step"] for line in lines)
+    ended = _time(max(line.get("unix_s") or 0.0 for line in lines))
+    resumes = f", {len(sessions)} sessions" if len(sessions) > 1 else ""
+    return f"megascale training report. {step} steps, last one {ended}{resumes}."
+
+
+def _first_numbers(lines: list[dict], fits: list[dict]) -> list[tuple[str, str]]:
+    numbers = []
+    evaluations = [line for line in lines if line["kind"] == "eval" and line.get("loss") is not None]
+    if evaluations:
+        last = evaluations[-1]
+        numbers.append((f"{last['loss']:.4f}", "validation loss, nats/token"))
+        if last.get("bits_per_byte") is not None:
+            numbers.append((f"{last['bits_per_byte']:.4f}", "bits per byte"))
+    _, losses = series(lines, "train", "loss")
+    if losses:
+        numbers.append((f"{losses[-1]:.4f}", "training loss"))
+    steps = [line for line in lines if line["kind"] == "train"]
+    if steps:
+        numbers.append((format_count(steps[-1].get("tokens_seen") or 0), "tokens trained on"))
+        _, speeds = series(lines, "train", "tokens_per_s")
+        numbers.append((format_count(sorted(speeds)[len(speeds) // 2] if speeds else 0), "tokens/s, median"))
+        if steps[-1].get("mfu_fraction") is not None:
+            numbers.append((f"{100 * steps[-1]['mfu_fraction']:.1f}%", "MFU"))
+    return numbers
+
+
+def _comparison(lines: list[dict], fits: list[dict]) -> str:
+    """Our last validation loss beside the n-gram models of the newest fit."""
+    _, losses = series(lines, "eval", "loss")
+    if not losses or not fits:
+        return ""
+    newest = max(fits, key=lambda fit: fit["step"])
+    rows = [("this model", f"{losses[-1]:.4f}", "")]
+    for name, loss in newest["losses"].items():
+        rows.append((f"{name}, fitted on {format_count(newest['num_tokens'])} tokens", f"{loss:.4f}",
+                     f"{losses[-1] - loss:+.4f}"))  # fmt: skip
+    return page.table(rows, ("model", "nats/token", "ours minus it"))
+
+
+def _small_curves(lines: list[dict]) -> str:
+    curves = [
+        ("learning_rate", "learning rate", False),
+        ("grad_norm", "gradient norm", True),
+        ("tokens_per_s", "tokens/s", False),
+        ("mfu_fraction", "MFU, fraction of peak", False),
+        ("loss_scale", "fp16 loss scale", True),
+    ]
+    shown = [
+        to_inline_svg(metric_figure(lines, name, label, is_log), label)
+        for name, label, is_log in curves
+        if _is_worth_a_curve(name, series(lines, "train", name)[1])
+    ]
+    return page.side_by_side(shown) if shown else ""
+
+
+def _is_worth_a_curve(name: str, values: list[float]) -> bool:
+    return bool(values) and (name != "loss_scale" or set(values) != {1.0})
+
+
+def _facts(config: dict, sessions: list[dict]) -> list[tuple[str, str]]:
+    """What was trained, on what, how and by which code; the newest session speaks for the code and the layout."""
+    facts = [
+        (name, ", ".join(f"{key} {_short(value)}" for key, value in config[name].items() if value is not None))
+        for name in ("model", "data", "optim", "train", "parallel")
+        if isinstance(config.get(name), dict)
+    ]
+    if sessions:
+        last = sessions[-1]
+        facts += [(name, _short(value)) for name, value in (last.get("facts") or {}).items()]
+        facts.append(("ranks", _short(last.get("world_size"))))
+        for name in ("layout", "versions"):
+            facts.append((name, ", ".join(f"{key} {_short(value)}" for key, value in (last.get(name) or {}).items())))
+        facts.append(("code", last.get("git_commit") or ""))
+    return [(name, value) for name, value in facts if value]
+
+
+def _session_table(sessions: list[dict]) -> str:
+    rows = [
+        (
+            str(number),
+            _time(session.get("unix_s") or 0.0),
+            f"resumed at step {session['resumed_step']}" if session.get("resumed_step") else "started",
+            _short(session.get("world_size")),
+            (session.get("git_commit") or "")[:12],
+        )
+        for number, session in enumerate(sessions, 1)
+    ]
+    return page.table(rows, ("session", "time", "", "ranks", "code"))
+
+
+def _evaluation_table(lines: list[dict]) -> str:
+    rows = [
+        (
+            str(line["step"]),
+            _number(line.get("loss"), ".4f"),
+            _number(line.get("perplexity"), ".2f"),
+            _number(line.get("bits_per_byte"), ".4f"),
+            format_duration(line.get("eval_s") or 0.0),
+        )
+        for line in lines
+        if line["kind"] == "eval"
+    ]
+    table = page.table(rows[-200:], ("step", "loss", "perplexity", "bits/byte", "took"))
+    return table if len(rows) <= 12 else page.folded(f"the last {min(len(rows), 200)} of {len(rows)}", table)
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _time(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _short(value: object) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
