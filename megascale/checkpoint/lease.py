@@ -5,6 +5,7 @@ sharing its locks are told apart by their boot id, and a holder on another machi
 (the file's modification time) stands still for `STALE_S` under one's own eyes: no clocks are compared.
 """
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -109,9 +110,10 @@ class RunLease:
 
     def _beat(self) -> None:
         while not self._released.wait(self._heartbeat_s):
-            if _read_owner(self._path) != self._owner:
+            if _read_owner(self._path) not in (self._owner, None):
                 return
-            os.utime(self._descriptor)
+            with contextlib.suppress(OSError):  # a file system that is away for a while must not end the heartbeat
+                os.utime(self._descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:

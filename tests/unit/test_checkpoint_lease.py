@@ -1,5 +1,7 @@
 """Two jobs on one run folder: the second is refused while the first lives, and takes over when it is dead."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -97,6 +99,21 @@ def test_a_holder_that_was_replaced_notices_and_stops_beating(tmp_path):
         lease.check_held()
     lease.release()
     assert "node7" in path.read_text()
+
+
+def test_without_locks_the_heartbeat_alone_decides(tmp_path, monkeypatch):
+    """A file system that has no flock: a beating holder is refused even on this machine, a silent one taken over."""
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RunLease.take(tmp_path, heartbeat_s=0.05), pytest.raises(CheckpointError, match="is in use by process"):
+        RunLease.take(tmp_path, stale_s=5.0)
+    lease = RunLease.take(tmp_path, heartbeat_s=60.0)
+    RunLease.take(tmp_path, stale_s=0.2).release()
+    with pytest.raises(CheckpointError, match="is in use by another process"):
+        lease.check_held()
+    lease.release()
 
 
 def test_a_damaged_lease_without_a_lock_is_nobodys(tmp_path):
