@@ -9,6 +9,7 @@ from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
 from megascale.data.manifest import INDEX_FILE, check_corpus, load_manifest
 from megascale.data.packing import count_rows
+from megascale.errors import LaunchError
 from megascale.model.flops import num_parameters, train_flops_per_token
 
 
@@ -16,10 +17,12 @@ def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | No
     """Prints the derived numbers with their factors, or raises the first thing that is wrong.
 
     Raises:
-        ConfigError, DataError: as `megascale train` would.
+        ConfigError, DataError, LaunchError: as `megascale train` would.
     """
     config = load_config(config_path, overrides)
-    derived = derive(config, num_ranks or default_num_ranks(config))
+    if num_ranks is not None and num_ranks < 1:
+        raise LaunchError(f"--nproc {num_ranks}: use 1 or more")
+    derived = derive(config, num_ranks or default_num_ranks(config), source=str(config_path))
     parameters = num_parameters(config.model)
     flops = train_flops_per_token(config.model, config.train.seq_len)
     lines = [

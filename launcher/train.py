@@ -29,7 +29,7 @@ def start_training(config_path: Path, overrides: Sequence[str], num_ranks: int |
     if num_ranks is not None:
         check_num_ranks(num_ranks)
     num_ranks = num_ranks or default_num_ranks(config)
-    derive(config, num_ranks)
+    derive(config, num_ranks, source=str(config_path))
     for split in ("train", "validation"):
         check_corpus(load_manifest(config.data.folder, split), config.model.vocab_size)
     run_local(arguments, num_ranks)

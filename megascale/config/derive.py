@@ -29,13 +29,13 @@ class Derived:
     horizon_steps: int
 
 
-def derive(config: RunConfig, world_size: int) -> Derived:
-    """Checks the config for `world_size` ranks and computes what follows from it.
+def derive(config: RunConfig, world_size: int, source: str = "config") -> Derived:
+    """Checks the config for `world_size` ranks and computes what follows from it; `source` names it in messages.
 
     Raises:
         ConfigError: the config can't run on that many ranks.
     """
-    check_config(config, world_size)
+    check_config(config, world_size, source)
     parallel, train = config.parallel, config.train
     dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
     rows_per_step = train.global_batch_tokens // train.seq_len

@@ -22,7 +22,7 @@ class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run in logs and W&B: letters, digits, `.`, `_` and `-`."""
 
-    folder: str
+    folder: str = Field(min_length=1)
     """Run folder: config, checkpoints, metrics, report. One run owns it."""
 
     seed: int = Field(0, ge=0, lt=2**63)

@@ -10,7 +10,7 @@ from megascale.config.base import Section
 class DataConfig(Section):
     """What the run reads."""
 
-    folder: str
+    folder: str = Field(min_length=1)
     """Folder of a tokenized corpus, as `megascale data build` writes it: `train/`, `validation/`, `tokenizer.json`."""
 
     num_lanes: int = Field(64, ge=1)
