@@ -1,6 +1,7 @@
 """`megascale generate`: text from a run, made in a process of its own, so that the launcher needs no torch."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def generate_text(
 
     Raises:
         ConfigError: a sampling setting that means nothing.
-        RankFailedError: the generating process failed; it has said why.
+        RankFailedError: the generating process failed, for the reason in its message.
     """
     check_sampling(max_tokens, temperature, top_k, top_p)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -26,10 +27,10 @@ def generate_text(
     finished = subprocess.run(
         [sys.executable, "-m", "megascale.train.generate", json.dumps(request)],
         env={"OMP_NUM_THREADS": str(count_cores())} | os.environ, stdout=subprocess.PIPE if capture else None,
-        encoding="utf-8", errors="replace", check=False,
+        stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False,
     )
     if finished.returncode:
-        fault = RankFailedError("nothing was generated")
+        fault = RankFailedError(finished.stderr.strip().removeprefix("error: "))
         fault.exit_code = finished.returncode if finished.returncode > 0 else fault.exit_code
         raise fault
     return finished.stdout or ""
@@ -39,8 +40,8 @@ def check_sampling(max_tokens: int, temperature: float, top_k: int | None, top_p
     """Refuses sampling settings that mean nothing."""
     if max_tokens < 1:
         raise ConfigError(f"--max-tokens {max_tokens}: use 1 or more")
-    if temperature < 0:
-        raise ConfigError(f"--temperature {temperature}: use 0 for the likeliest token, or more for variety")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"--temperature {temperature}: use 0 for the likeliest token, or up to 2 or so for variety")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"--top-k {top_k}: use 1 or more")
     if top_p is not None and not 0 < top_p <= 1:

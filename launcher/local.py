@@ -10,8 +10,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from megascale.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_STOPPED, LaunchError, RankFailedError, StopRequested
+from megascale.errors import (
+    EXIT_OK,
+    EXIT_PEER_LOST,
+    EXIT_STOPPED,
+    EXIT_USER,
+    LaunchError,
+    RankFailedError,
+    StopRequested,
+)
+from megascale.train.signals import STOP_SIGNALS, stop_when_parent_dies
 
 RANK_MODULE = "megascale.train.rank"
 CPU_ENVIRONMENT = {
@@ -23,6 +33,7 @@ CPU_ENVIRONMENT = {
 """Ranks without a GPU: DeepSpeed needn't look for one, and glibc keeps the memory of large temporaries instead of
 giving it back and faulting it in anew for each of them (14 to 26 % of a step's time on small fp32 models)."""
 POLL_S = 0.05
+SAME_SIGNAL_S = 1.0
 GRACE_S = 3.0
 """After one rank failed, the others have this long to report a fault of their own before they are killed."""
 TAIL_LINES = 25
@@ -37,35 +48,80 @@ class Rank:
     process: subprocess.Popen
     messages: Path
 
+    @property
+    def code(self) -> int | None:
+        """The exit code, None while the rank runs."""
+        return self.process.poll()
+
+
+class StopSignals:
+    """Counts the stop signals that this process gets while the `with` block runs.
+
+    Signals within a second are one: `timeout` and some schedulers signal the process and its group at once.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last_s = float("-inf")
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        now_s = time.monotonic()
+        self.count += now_s - self._last_s > SAME_SIGNAL_S
+        self._last_s = now_s
+
 
 class LocalRanks:
     """The ranks of one attempt. A first stop signal asks them to save and stop, a second one kills them."""
 
-    def __init__(self, arguments: Sequence[str], num_ranks: int, folder: Path, module: str = RANK_MODULE):
-        port = _free_port()
-        self.num_stop_signals = 0
-        command = [sys.executable, "-m", module, *arguments]
-        self.ranks = [self._start(command, rank, num_ranks, port, folder) for rank in range(num_ranks)]
+    def __init__(self, signals: StopSignals):
+        self.ranks: list[Rank] = []
+        self._signals, self._num_obeyed = signals, 0
 
-    def wait(self) -> None:
-        """Waits until all ranks have ended.
+    def start(self, arguments: Sequence[str], num_ranks: int, folder: Path, module: str) -> None:
+        """Starts the ranks, with a file each in `folder` for their messages."""
+        port = _free_port()
+        command = [sys.executable, "-m", module, *arguments]
+        for rank in range(num_ranks):
+            self.ranks.append(self._start(command, rank, num_ranks, port, folder / f"rank_{rank:05d}.log"))
+
+    def watch(self) -> None:
+        """Waits until all ranks have ended, or for a moment after the first failure.
 
         Raises:
             StopRequested: they were asked to stop, and saved.
-            RankFailedError: one failed; the others are gone too.
+            RankFailedError: a rank failed.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            first_failed = self._watch()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            self._kill_all()
-        if first_failed is not None:
-            self._raise_fault(first_failed)
+        failed: list[Rank] = []
+        deadline = float("inf")
+        while any(rank.code is None for rank in self.ranks) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            self._obey_signals()
+            failed += self._new_failures(failed)
+            if failed and deadline == float("inf"):
+                deadline = time.monotonic() + GRACE_S
+        failed += self._new_failures(failed)
+        if failed:
+            self._raise_fault(_first_cause(failed))
+        stopped = [rank for rank in self.ranks if rank.code == EXIT_STOPPED]
+        if stopped:
+            raise StopRequested(_messages(stopped[0]).strip().splitlines()[-1])
 
-    def _start(self, command: Sequence[str], rank: int, num_ranks: int, port: int, folder: Path) -> Rank:
-        messages = folder / f"rank_{rank:05d}.log"
+    def kill(self) -> None:
+        """Ends the ranks that still run."""
+        for rank in self.ranks:
+            rank.process.kill()
+        for rank in self.ranks:
+            rank.process.wait()
+
+    def _start(self, command: Sequence[str], rank: int, num_ranks: int, port: int, messages: Path) -> Rank:
         with messages.open("wb") as file:
             process = subprocess.Popen(
                 command,
@@ -74,43 +130,31 @@ class LocalRanks:
                 stdout=None if rank == 0 else file,
                 stderr=file,
                 start_new_session=True,  # Ctrl-C in a terminal reaches the launcher alone, which passes it on once
+                preexec_fn=stop_when_parent_dies,  # not only in the rank itself, whose imports take seconds
             )
         return Rank(rank, process, messages)
 
-    def _watch(self) -> Rank | None:
-        """Returns the first rank that failed for a reason of its own, None when none did."""
-        failed: list[Rank] = []
-        deadline = float("inf")
-        while any(rank.process.poll() is None for rank in self.ranks) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-            failed += [r for r in self.ranks if r.process.poll() not in (None, EXIT_OK) and r not in failed]
-            if failed and deadline == float("inf"):
-                deadline = time.monotonic() + GRACE_S
-        failed += [r for r in self.ranks if r.process.poll() not in (None, EXIT_OK) and r not in failed]
-        own_faults = [rank for rank in failed if rank.process.returncode != EXIT_PEER_LOST]
-        return next(iter(own_faults or failed), None)
+    def _new_failures(self, known: Sequence[Rank]) -> list[Rank]:
+        return [rank for rank in self.ranks if rank.code not in (None, EXIT_OK, EXIT_STOPPED) and rank not in known]
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.num_stop_signals += 1
-        if self.num_stop_signals > 1:
-            self._kill_all()
+    def _obey_signals(self) -> None:
+        """Passes a stop request on; here and not in the handler, which may interrupt a print or a poll."""
+        if self._signals.count == self._num_obeyed:
             return
-        print("stopping: saving first (once more to stop at once, without saving)", file=sys.stderr, flush=True)
+        self._num_obeyed = self._signals.count
         for rank in self.ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(signal.SIGTERM)
-
-    def _kill_all(self) -> None:
-        for rank in self.ranks:
-            if rank.process.poll() is None:
-                rank.process.kill()
-        for rank in self.ranks:
-            rank.process.wait()
+            rank.process.send_signal(signal.SIGTERM if self._num_obeyed == 1 else signal.SIGKILL)
+        if self._num_obeyed == 1:
+            print("stopping: saving first (once more to stop at once, without saving)", file=sys.stderr, flush=True)
 
     def _raise_fault(self, rank: Rank) -> None:
-        code, text = rank.process.returncode, rank.messages.read_text(encoding="utf-8", errors="replace")
-        if code == EXIT_STOPPED:
-            raise StopRequested(text.strip().splitlines()[-1])
+        code, text = rank.code, _messages(rank)
+        if self._signals.count > 1 and code == -signal.SIGKILL:
+            raise RankFailedError(
+                "stopped at once and without saving, as asked; the same command resumes from the last checkpoint"
+            )
+        if self._signals.count and code == -signal.SIGTERM:  # before the rank could set up its own handling
+            raise StopRequested("stopped while starting, as asked; the same command starts or resumes the run")
         _, marker, message = ("\n" + text).rpartition("\nerror: ")
         if marker:
             fault = RankFailedError(message.strip())
@@ -125,9 +169,35 @@ class LocalRanks:
 
 
 def run_local(arguments: Sequence[str], num_ranks: int, module: str = RANK_MODULE) -> None:
-    """Runs a module with these arguments on `num_ranks` ranks of this machine, to their end."""
-    with tempfile.TemporaryDirectory(prefix="megascale-") as folder:
-        LocalRanks(arguments, num_ranks, Path(folder), module).wait()
+    """Runs a module with these arguments on `num_ranks` ranks of this machine, to their end.
+
+    Raises:
+        StopRequested: they were asked to stop, and saved.
+        RankFailedError: a rank failed; the others are gone too.
+    """
+    with tempfile.TemporaryDirectory(prefix="megascale-") as folder, StopSignals() as signals:
+        ranks = LocalRanks(signals)
+        try:
+            ranks.start(arguments, num_ranks, Path(folder), module)
+            ranks.watch()
+        finally:
+            ranks.kill()
+
+
+def _first_cause(failed: Sequence[Rank]) -> Rank:
+    """Of ranks in the order of their end, the one that knows why.
+
+    A fault of the user's is agreed on by all ranks, and rank 0, which acts for them, has the details; otherwise the
+    first to fail for a reason of its own.
+    """
+    first = next((rank for rank in failed if rank.code != EXIT_PEER_LOST), failed[0])
+    if first.code == EXIT_USER:
+        return min((rank for rank in failed if rank.code == EXIT_USER), key=lambda rank: rank.number)
+    return first
+
+
+def _messages(rank: Rank) -> str:
+    return rank.messages.read_text(encoding="utf-8", errors="replace")
 
 
 def rank_environment(

@@ -10,4 +10,6 @@ class Section(BaseModel):
     number. It ends up in the JSON schema that editors show, and a test refuses a field without one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

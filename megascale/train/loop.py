@@ -28,14 +28,14 @@ def train(run: Run) -> RunState:
             state = evaluate_when_due(run, state)
             is_complete = state.step >= last_step and state.evaluated_step == state.step
             if state.step != saved_step and (is_complete or (state.step and state.step % interval_steps == 0)):
-                saved_step = save(run, state, saved_step)
+                saved_step = save(run, state, saved_step, is_last=is_complete)
             if is_complete:
                 return state
             run.timer.start()
             micro_batches = next(steps)
             num_tokens, num_stops = run.mesh.control_sum([count_labels(micro_batches), int(run.stop.is_set)])
             if num_stops:
-                save(run, state, saved_step)
+                save(run, state, saved_step, is_last=True)
                 raise StopRequested(f"stopped at step {state.step} of {last_step}, as asked; the same command resumes")
             output = run.engine.train_step(
                 micro_batches, step=state.step, num_tokens=num_tokens, learning_rate=rate_of(run, state.step)
@@ -59,8 +59,11 @@ def evaluate_when_due(run: Run, state: RunState) -> RunState:
     return replace(state, evaluated_step=state.step)
 
 
-def save(run: Run, state: RunState, saved_step: int | None) -> int | None:
-    """Saves a checkpoint and returns its step, or the step of the last one when this one couldn't be saved."""
+def save(run: Run, state: RunState, saved_step: int | None, *, is_last: bool) -> int | None:
+    """Saves a checkpoint and returns its step, or the step of the last one when this one couldn't be saved.
+
+    The last one of a session is the whole point of it, so its failure is never passed over.
+    """
     if state.step == saved_step:
         return saved_step
     state = replace(state, optimizer_scalars=run.engine.scalars())
@@ -71,7 +74,7 @@ def save(run: Run, state: RunState, saved_step: int | None) -> int | None:
             check_lease=run.lease.check_held if run.lease else lambda: None,
         )
     except CheckpointError as error:
-        if run.config.checkpoint.on_save_error == "stop" or run.stop.is_set:
+        if run.config.checkpoint.on_save_error == "stop" or is_last:
             raise
         if run.mesh.rank == 0:
             print(f"warning: {error}. Training goes on; the next save is tried as planned", flush=True)

@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -18,22 +19,41 @@ from megascale.train.signals import StopRequest, stop_when_parent_dies
 PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed")
 
 
-def main(arguments: list[str]) -> int:
-    """Trains as one of the ranks that the environment describes and returns the process' exit code."""
+def main(arguments: list[str]) -> NoReturn:
+    """Trains as one of the ranks that the environment describes and ends the process with its exit code.
+
+    Without the interpreter's own ending: when a peer has failed, torch's process groups abort in it, and the abort
+    would take the place of the exit code.
+    """
     stop_when_parent_dies()
     stop = StopRequest()
     stop.watch()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    code = train_as_rank(arguments, stop)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train_as_rank(arguments: list[str], stop: StopRequest) -> int:
+    """Runs the rank to its end, prints why it ended, and returns the exit code."""
     try:
         run_rank(arguments, stop)
         return EXIT_OK
+    except StopRequested as reached:
+        print(reached, file=sys.stderr)
+        return reached.exit_code
     except MegascaleError as error:
-        print(f"{'' if isinstance(error, StopRequested) else 'error: '}{error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ConnectionError:
+        return EXIT_PEER_LOST
+    except OSError as error:  # a full disk, a folder that went away: nothing of ours to trace
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_RUN
     except Exception as error:
         traceback.print_exc()
-        is_secondary = any(word in str(error) for word in PEER_LOST_WORDS)
-        return EXIT_PEER_LOST if is_secondary else EXIT_RUN
+        return EXIT_PEER_LOST if any(word in str(error) for word in PEER_LOST_WORDS) else EXIT_RUN
 
 
 def run_rank(arguments: list[str], stop: StopRequest) -> None:
@@ -58,4 +78,4 @@ def run_rank(arguments: list[str], stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -26,6 +26,9 @@ class StopRequest:
 
 
 def stop_when_parent_dies() -> None:
-    """Asks Linux to send SIGTERM when the launcher is gone, so that no rank is orphaned; elsewhere does nothing."""
+    """Asks Linux to send SIGTERM when the launcher is gone, so that no rank is orphaned; elsewhere does nothing.
+
+    Survives exec, not fork.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -35,8 +35,8 @@ def test_the_readme_commands_run_in_the_order_shown(tmp_path):
         assert program == "megascale"
         extra = next((options for name, options in SMALLER.items() if " ".join(arguments).startswith(name)), [])
         done = subprocess.run(
-            [sys.executable, "-m", "launcher", *arguments, *extra], cwd=tmp_path, capture_output=True, text=True, check=False,
-            env=command_environment(PYTHONPATH=str(REPOSITORY)),
+            [sys.executable, "-m", "launcher", *arguments, *extra], cwd=tmp_path,
+            env=command_environment(PYTHONPATH=str(REPOSITORY)), capture_output=True, text=True, check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     report = (tmp_path / "runs/quickstart/report.html").read_text()
