@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test soak bench lint schema clean
+.PHONY: quickstart test soak gpu bench lint schema clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/megascale quickstart
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test
 # Long fault runs, minutes to an hour; CI does not run them.
 soak: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -m slow
+
+# Needs a CUDA device; skipped without one.
+gpu: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest tests/gpu
 
 bench: $(VENV)/.installed-test
 	@$(BIN)/python -m bench.step_overhead

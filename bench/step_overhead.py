@@ -1,16 +1,39 @@
-"""How much longer our optimizer step takes than a plain PyTorch loop's on the same model: `python -m bench.step_overhead`.
+"""How much longer our optimizer step takes than a plain PyTorch loop's: `python -m bench.step_overhead`.
 
-On one rank the other loop is plain PyTorch, on several it is DistributedDataParallel. Both train side by side in one
+On one rank the other loop is plain PyTorch, on several it is DistributedDataParallel. Both train equal models in one
 process, a step of each in turn, so whatever else the machine does meets both: the figure is the median of the paired
-ratios. The same loop against a second copy of itself shows the noise.
+ratios. The other loop against a second copy of itself shows the noise.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 
 from bench.figures import describe_machine, show_head
-from bench.step_rank import COLUMNS, SHAPES
 from launcher.local import run_local
+from megascale.config.model import ModelConfig
+
+COLUMNS = ("ranks", "model", "parameters", "dtype", "ZeRO", "other loop, ms", "ours / other", "other / other", "steps")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and this rank's batch of a step."""
+
+    model: ModelConfig
+    rows: int
+    seq_len: int
+
+
+SHAPES = {
+    "d64": Shape(ModelConfig(
+        family="llama", num_layers=2, d_model=64, num_heads=2, vocab_size=1024, max_seq_len=128), rows=4, seq_len=128),
+    "quickstart": Shape(ModelConfig(
+        family="llama", num_layers=4, d_model=192, num_heads=6, num_kv_heads=3, vocab_size=4096, max_seq_len=256,
+        tie_embeddings=True), rows=8, seq_len=256),
+    "d256": Shape(ModelConfig(
+        family="gpt2", num_layers=6, d_model=256, num_heads=4, vocab_size=8192, max_seq_len=256), rows=4, seq_len=256),
+}
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import cycle, permutations
 from statistics import median
 
@@ -16,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.figures import show_ratios, show_row
-from megascale.config.model import ModelConfig
+from bench.step_overhead import SHAPES, Shape
 from megascale.config.training import PrecisionConfig
 from megascale.data.batch import Batch
 from megascale.engine.build import build_engine
@@ -28,7 +27,6 @@ from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, build_mesh, close_mesh, read_rank_info
 from megascale.train.objective import causal_objective
 
-COLUMNS = ("ranks", "model", "parameters", "dtype", "ZeRO", "other loop, ms", "ours / other", "other / other", "steps")
 CLIP_NORM, LEARNING_RATE, SEED = 1.0, 1e-3, 1
 WARM_UP_ROUNDS, MIN_ROUNDS = 3, 6
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -36,26 +34,6 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 Step = Callable[[Batch, int], float]
 """(batch, step) -> this rank's or the global mean loss, after one optimizer step."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model and this rank's batch of a step."""
-
-    model: ModelConfig
-    rows: int
-    seq_len: int
-
-
-SHAPES = {
-    "d64": Shape(ModelConfig(
-        family="llama", num_layers=2, d_model=64, num_heads=2, vocab_size=1024, max_seq_len=128), rows=4, seq_len=128),
-    "quickstart": Shape(ModelConfig(
-        family="llama", num_layers=4, d_model=192, num_heads=6, num_kv_heads=3, vocab_size=4096, max_seq_len=256,
-        tie_embeddings=True), rows=8, seq_len=256),
-    "d256": Shape(ModelConfig(
-        family="gpt2", num_layers=6, d_model=256, num_heads=4, vocab_size=8192, max_seq_len=256), rows=4, seq_len=256),
-}
 
 
 def build_optimizer(model: Transformer) -> torch.optim.AdamW:

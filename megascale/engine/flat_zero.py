@@ -10,12 +10,13 @@ fp32 master and moments of this rank's partition. Three things differ here:
   takes a spurious first step in bf16 and reports no gradient norm.
 """
 
+from collections.abc import Callable
+from math import inf
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import all_gather_dp_groups
 
 from megascale.engine.fragments import init_adam_state
 
@@ -53,7 +54,7 @@ class FlatZeroOptimizer(BF16_Optimizer):
         )
         self.is_partitioned = dist.get_world_size(partition_group) > 1
         self.parameters = [parameter for group in self.bf16_groups for parameter in group]
-        self.first_nonfinite = FINITE
+        self.largest_gradients: torch.Tensor | None = None
         if self.is_partitioned:
             self.mpu = SimpleNamespace(get_model_parallel_group=lambda: reduce_group)
             self.fp32_groups_gradient_flat_partition = [
@@ -69,14 +70,19 @@ class FlatZeroOptimizer(BF16_Optimizer):
 
         Cost: 4 bytes x parameters x (n-1)/n sent by each rank (reduce-scatter), twice that for ZeRO-0 (all-reduce).
         """
-        buffers = zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True)
-        for whole, partition in buffers:
-            if self.is_partitioned:
-                dist.reduce_scatter_tensor(partition, whole, group=self.reduce_group)
-            elif dist.get_world_size(self.reduce_group) > 1:
-                self._note_nonfinite()
-                dist.all_reduce(whole, group=self.reduce_group)
-            if unscale != 1.0:
+        self.largest_gradients = None
+        wholes, partitions = self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition
+        waits: list[Callable[[], object]] = []
+        if self.is_partitioned:
+            pairs = zip(wholes, partitions, strict=True)
+            waits = [start_reduce_scatter(whole, partition, self.reduce_group) for whole, partition in pairs]
+        elif dist.get_world_size(self.reduce_group) > 1:
+            self._note_largest_gradients()  # the sum takes the place of this rank's own gradients
+            waits = [dist.all_reduce(whole, group=self.reduce_group, async_op=True).wait for whole in wholes]
+        for wait in waits:
+            wait()
+        if unscale != 1.0:
+            for partition in partitions:
                 partition.mul_(unscale)
 
     def get_grads_for_norm(self, for_clipping: bool = False):
@@ -85,26 +91,30 @@ class FlatZeroOptimizer(BF16_Optimizer):
         return partitions if for_clipping else (partitions, {})
 
     def clear_hp_grads(self) -> None:
-        """Zeroes the gradients; after an overflow, notes first which of this rank's own weren't finite."""
-        if self.overflow and self.is_partitioned:
-            self._note_nonfinite()
+        """Zeroes the gradients; after an overflow, notes first how large this rank's own were."""
+        if self.overflow and self.largest_gradients is None:
+            self._note_largest_gradients()
         for whole in self.fp32_groups_gradients_flat:
             whole.zero_()
 
-    def take_first_nonfinite(self) -> int:
-        """Index in `parameters` of the first whose gradient on this rank wasn't finite, or -1; then forgets it."""
-        index, self.first_nonfinite = self.first_nonfinite, FINITE
-        return index
+    def first_nonfinite(self) -> int:
+        """Index in `parameters` of the first whose gradient on this rank wasn't finite in a skipped step, or -1."""
+        bad = (~torch.isfinite(self.largest_gradients)).nonzero()
+        return int(bad[0]) if len(bad) else FINITE
 
     def update_lp_params(self) -> None:
         """Casts the masters to parameters where they are two things, and gathers all partitions on every rank."""
+        partitions = [group[self.dp_rank] for group in self.bf16_partitioned_groups]
         if not self.is_fp32:
-            super().update_lp_params()
-            return
-        all_gather_dp_groups(
-            self.bf16_groups_flat, self.bf16_partitioned_groups, self.real_dp_process_group,
-            self.nccl_start_alignment_factor, self.allgather_bucket_size,
-        )
+            for partition, master in zip(partitions, self.fp32_groups_flat_partition, strict=True):
+                partition.copy_(master)
+        if self.is_partitioned:
+            gathers = [
+                dist.all_gather_into_tensor(whole, partition, group=self.reduce_group, async_op=True)
+                for whole, partition in zip(self.bf16_groups_flat, partitions, strict=True)
+            ]
+            for gather in gathers:
+                gather.wait()
 
     def _link_all_hp_params(self) -> None:
         if self.is_fp32:
@@ -122,7 +132,29 @@ class FlatZeroOptimizer(BF16_Optimizer):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient.view_as(parameter)
 
-    def _note_nonfinite(self) -> None:
+    def _note_largest_gradients(self) -> None:
+        """Notes the largest magnitude in each parameter's gradient, NaN where one is NaN, without waiting for it."""
         gradients = [gradient for group in self.fp32_groups_gradients for gradient in group]
-        bad = [index for index, gradient in enumerate(gradients) if not torch.isfinite(gradient).all()]
-        self.first_nonfinite = bad[0] if bad else FINITE
+        self.largest_gradients = torch.stack([torch.linalg.vector_norm(gradient, inf) for gradient in gradients])
+
+
+def start_reduce_scatter(
+    whole: torch.Tensor, partition: torch.Tensor, group: dist.ProcessGroup
+) -> Callable[[], object]:
+    """Starts to sum `whole` over the ranks, each rank's share of it into its `partition`.
+
+    Gloo's own reduce-scatter is an all-reduce of a copy. An all-to-all and a sum send half of that.
+
+    Returns:
+        What waits until `partition` holds the sum.
+    """
+    if dist.get_backend(group) != "gloo":
+        return dist.reduce_scatter_tensor(partition, whole, group=group, async_op=True).wait
+    received = torch.empty_like(whole)
+    exchange = dist.all_to_all_single(received, whole, group=group, async_op=True)
+
+    def finish() -> None:
+        exchange.wait()
+        torch.sum(received.view(-1, len(partition)), dim=0, out=partition)
+
+    return finish

@@ -28,7 +28,6 @@ def run_micro_batches(
     Returns:
         Sum of negative log-likelihoods in nats over this rank's label tokens, fp32 scalar on the device.
     """
-    module.train()
     total = torch.zeros((), device=device)
     for micro_batch in micro_batches:
         loss = objective(module, micro_batch.to(device), step)
@@ -43,14 +42,34 @@ def evaluate_batch(
 ) -> float:
     """Sum of negative log-likelihoods in nats over a batch, without dropout."""
     module.eval()
-    return objective(module, batch.to(device), 0).item()
+    loss = objective(module, batch.to(device), 0).item()
+    module.train()  # here, once a batch, and not in each step: setting the mode visits every module
+    return loss
 
 
-def mean_loss(total: torch.Tensor, num_tokens: int, group: dist.ProcessGroup) -> tuple[float, bool]:
-    """Mean loss over the replicas, and whether this rank's own part of it was finite."""
-    own_is_finite = bool(torch.isfinite(total))
-    dist.all_reduce(total, group=group)
-    return total.item() / num_tokens, own_is_finite
+class LossSum:
+    """The loss summed over the replicas, on its way while the gradients are reduced and the update runs.
+
+    Nothing waits for the device before `mean` is asked for.
+
+    Args:
+        own: this rank's part of the sum.
+    """
+
+    def __init__(self, own: torch.Tensor, group: dist.ProcessGroup):
+        self.own, self.total = own, own.clone()
+        is_shared = dist.get_world_size(group) > 1
+        self.work = dist.all_reduce(self.total, group=group, async_op=True) if is_shared else None
+
+    def mean(self, num_tokens: int) -> float:
+        """Mean loss per label token over the replicas, in nats."""
+        if self.work is not None:
+            self.work.wait()
+        return self.total.item() / num_tokens
+
+    def own_is_finite(self) -> bool:
+        """Whether this rank's part is a number."""
+        return bool(torch.isfinite(self.own))
 
 
 def gather_faults(mesh: Mesh, own_loss_is_finite: bool, bad_parameter: int, names: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 from megascale.engine.base import Objective, StatePiece, StepOutput
 from megascale.engine.flat_zero import FlatZeroOptimizer
 from megascale.engine.fragments import linked_pieces
-from megascale.engine.micro_batches import evaluate_batch, gather_faults, mean_loss, run_micro_batches
+from megascale.engine.micro_batches import LossSum, evaluate_batch, gather_faults, run_micro_batches
 from megascale.engine.precision import MIN_LOSS_SCALE, restore_scaler, scaler_values
 from megascale.parallel.mesh import Mesh
 
@@ -34,10 +34,10 @@ class WholeGradientEngine:
 
     def train_step(self, micro_batches: Sequence, *, step: int, num_tokens: int, learning_rate: float) -> StepOutput:
         scale = self.scaler.loss_scale
-        total = run_micro_batches(
+        own_loss = run_micro_batches(
             self.model, micro_batches, self.objective, step, scale / num_tokens, self.mesh.device, torch.Tensor.backward
         )
-        loss, own_loss_is_finite = mean_loss(total, num_tokens, self.mesh.dp_group)
+        loss_sum = LossSum(own_loss, self.mesh.dp_group)
         self.optimizer.reduce_gradients(unscale=1.0 / scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -45,13 +45,13 @@ class WholeGradientEngine:
         is_skipped = self.optimizer.overflow
         self.scaler.update_scale(is_skipped)
         return StepOutput(
-            loss=loss,
+            loss=loss_sum.mean(num_tokens),
             grad_norm=float(self.optimizer._global_grad_norm),
             num_tokens=num_tokens,
             loss_scale=scale,
             is_skipped=is_skipped,
             is_overflow=is_skipped and self.scaler.dynamic and scale > MIN_LOSS_SCALE,
-            faults=self._faults(own_loss_is_finite) if is_skipped else (),
+            faults=self._faults(loss_sum.own_is_finite()) if is_skipped else (),
         )
 
     def evaluate(self, batch) -> float:
@@ -76,4 +76,4 @@ class WholeGradientEngine:
 
     def _faults(self, own_loss_is_finite: bool) -> tuple[str, ...]:
         names = [self.names[parameter] for parameter in self.optimizer.parameters]
-        return gather_faults(self.mesh, own_loss_is_finite, self.optimizer.take_first_nonfinite(), names)
+        return gather_faults(self.mesh, own_loss_is_finite, self.optimizer.first_nonfinite(), names)

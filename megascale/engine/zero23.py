@@ -6,7 +6,7 @@ import torch
 
 from megascale.engine.base import Objective, StatePiece, StepOutput
 from megascale.engine.fragments import MOMENTS, flat_pieces, init_adam_state, linked_pieces
-from megascale.engine.micro_batches import evaluate_batch, gather_faults, mean_loss, run_micro_batches
+from megascale.engine.micro_batches import LossSum, evaluate_batch, gather_faults, run_micro_batches
 from megascale.engine.precision import MIN_LOSS_SCALE, restore_scaler, scaler_values
 from megascale.parallel.mesh import Mesh
 
@@ -47,23 +47,23 @@ class PartitionedGradientEngine:
         scale = float(self.zero.loss_scale)
         self.bad_parameters.zero_()
         # DeepSpeed averages gradients over the replicas; times dp it is the sum that the mean per token needs.
-        total = run_micro_batches(
+        own_loss = run_micro_batches(
             self.ds_engine, micro_batches, self.objective, step, self.mesh.layout.dp / num_tokens, self.mesh.device,
             self.ds_engine.backward,
         )
-        loss, own_loss_is_finite = mean_loss(total, num_tokens, self.mesh.dp_group)
+        loss_sum = LossSum(own_loss, self.mesh.dp_group)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.ds_engine.step()
         is_skipped = bool(self.zero.overflow)
         return StepOutput(
-            loss=loss,
+            loss=loss_sum.mean(num_tokens),
             grad_norm=float("inf") if is_skipped else float(self.zero._global_grad_norm),
             num_tokens=num_tokens,
             loss_scale=scale,
             is_skipped=is_skipped,
             is_overflow=is_skipped and self.scaler.dynamic and scale > MIN_LOSS_SCALE,
-            faults=self._faults(own_loss_is_finite) if is_skipped else (),
+            faults=self._faults(loss_sum.own_is_finite()) if is_skipped else (),
         )
 
     def evaluate(self, batch) -> float:

@@ -56,6 +56,7 @@ def test_bits_per_byte_are_those_of_the_text(trained):
 
 
 def test_the_same_command_again_has_nothing_to_do(trained):
+    """Seen to catch: `evaluated_step` not restored, which evaluates the finished run once more."""
     folder, _ = trained
     before = curve(folder / "run")
     done = megascale("train", folder / "run.yaml", "--nproc", "2")

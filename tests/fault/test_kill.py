@@ -1,7 +1,7 @@
 """A run that is killed again and again ends as the run that nobody touched: metrics, weights, moments, tokens read.
 
 Mutations seen to be caught: the optimizer's step count not restored; `rows` not restored (the stream starts over);
-moments left out of the state pieces; `evaluated_step` left out of the state (an evaluation is lost or doubled).
+moments left out of the state pieces.
 """
 
 import json

@@ -17,16 +17,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world_size: int, port: int, on_gpu: bool) -> dict[str, str]:
     """Environment of one rank, as a launcher sets it."""
-    return os.environ | {
+    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return os.environ | hidden | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY),
-        "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONFAULTHANDLER": "1",
     }
 
 
-def run_ranks(module: str, world_size: int, arguments: list[str], folder: Path, timeout_s: float = 120) -> list[str]:
+def run_ranks(
+    module: str, world_size: int, arguments: list[str], folder: Path, timeout_s: float = 120, on_gpu: bool = False
+) -> list[str]:
     """Runs `python -m module ARGUMENTS` on each rank and returns what each printed to standard output.
 
     A rank that fails, or a time limit passed, ends all of them; the error shows the end of every rank's output, and for
@@ -37,8 +39,8 @@ def run_ranks(module: str, world_size: int, arguments: list[str], folder: Path, 
     files = [path.open("w+") for path in paths]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], env=rank_environment(rank, world_size, port), cwd=REPOSITORY,
-            stdout=files[2 * rank], stderr=files[2 * rank + 1],
+            [sys.executable, "-m", module, *arguments], env=rank_environment(rank, world_size, port, on_gpu),
+            cwd=REPOSITORY, stdout=files[2 * rank], stderr=files[2 * rank + 1],
         )
         for rank in range(world_size)
     ]

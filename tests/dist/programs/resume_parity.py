@@ -50,7 +50,7 @@ def take_steps(engine, mesh, first: int, stop: int) -> list[tuple]:
 
 def bits(engine) -> dict[tuple, bytes]:
     """Every piece that lives on this rank, to the bit."""
-    return {(piece.key, piece.box): piece.tensor.numpy().tobytes() for piece in engine.state_pieces()}
+    return {(piece.key, piece.box): piece.tensor.cpu().numpy().tobytes() for piece in engine.state_pieces()}
 
 
 def run_case(case: dict, folder: Path, mesh) -> dict:

@@ -1,0 +1,114 @@
+"""Stop signals at every stage of a run: it saves, exits with code 75, and ends as if nobody had stopped it."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher.local import SAME_SIGNAL_S
+from megascale.errors import EXIT_RUN, EXIT_STOPPED
+from tests.support.faulty_run import (
+    NUM_STEPS,
+    assert_same_end,
+    checkpoint_names,
+    child_pids,
+    faulty_run,
+    is_alive,
+    send_signal,
+    wait_until,
+)
+from tests.support.ranks import REPOSITORY
+from tests.support.tiny_run import command_environment, curve, megascale, write_config
+
+STARTING = r"^stopped while starting, as asked; the same command starts or resumes the run$"
+STOPS = [
+    ("import", 0, signal.SIGTERM, False, STARTING),
+    ("setup", 0, signal.SIGINT, False, "^stopped at step 0 of 12, as asked; the same command resumes$"),
+    ("forward", 1, signal.SIGINT, False, "^stopped at step 2 of 12, as asked; the same command resumes$"),
+    ("evaluate", 4, signal.SIGTERM, False, "^stopped at step 4 of 12, as asked; the same command resumes$"),
+    ("save", 6, signal.SIGTERM, False, "^stopped at step 6 of 12, as asked; the same command resumes$"),
+    ("forward", 7, signal.SIGTERM, True, "^stopped at step 8 of 12, as asked; the same command resumes$"),
+    ("import", 0, signal.SIGTERM, True, STARTING),
+]
+"""(phase, step, signal, whether it goes to all processes as SLURM sends it, what the command says)."""
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return write_config(tmp_path, corpus)
+
+
+def check_stop(config, folder, phase, step, number, to_all, message) -> None:
+    with faulty_run("paused_rank", folder, {"phase": phase, "step": step}, config) as run:
+        ranks = run.wait_for_pause()
+        assert len(ranks) == 2
+        for pid in [*(ranks if to_all else []), run.process.pid]:
+            send_signal(pid, number)
+        wait_until(lambda: "stopping" in run.text(), run.text)  # the launcher has passed it on
+        if phase != "import":
+            run.go_on()
+        assert run.end() == EXIT_STOPPED, run.text()
+        assert re.search(message, run.text(), re.MULTILINE), run.text()
+        assert "Traceback" not in run.text()
+        assert not any(is_alive(pid) for pid in ranks)
+
+
+def test_stopped_again_and_again_ends_as_if_never_stopped(config, clean, tmp_path):
+    """The run is stopped at each place of STOPS in turn, resumed each time, and compared with the undisturbed one.
+
+    Mutations seen to be caught: MUTATIONS
+    """
+    for number, stop in enumerate(STOPS):
+        check_stop(config, tmp_path / f"stop_{number}", *stop)
+    done = megascale("train", config, "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "run", clean)
+
+
+def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(config, clean, tmp_path):
+    """Ranks notice that their launcher is gone, save and end; also those that were still starting."""
+    for phase, step, saved in (("import", 0, None), ("forward", 4, "step_00000005")):
+        with faulty_run("paused_rank", tmp_path / phase, {"phase": phase, "step": step}, config) as run:
+            ranks = run.wait_for_pause()
+            run.process.kill()
+            run.process.wait()
+            run.go_on()
+            wait_until(lambda ranks=ranks: not any(is_alive(pid) for pid in ranks), run.text, 30)
+        if saved:
+            assert saved in checkpoint_names(tmp_path / "run")
+        else:
+            assert not (tmp_path / "run").exists()
+    done = megascale("train", config, "--nproc", "2")
+    assert "at step 5" in done.stdout
+    assert_same_end(tmp_path / "run", clean)
+
+
+def test_a_second_signal_ends_the_run_at_once(config, tmp_path):
+    """Two signals at one moment are one request, as `timeout` and some schedulers send them; a later one kills."""
+    with faulty_run("paused_rank", tmp_path / "twice", {"phase": "forward", "step": 4}, config) as run:
+        ranks = run.wait_for_pause()
+        run.process.send_signal(signal.SIGTERM)
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(SAME_SIGNAL_S + 0.2)
+        assert all(is_alive(pid) for pid in ranks), "a double signal isn't a second request"
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(5) == EXIT_RUN
+        assert "stopped at once and without saving, as asked; the same command resumes" in run.text()
+        assert not any(is_alive(pid) for pid in ranks)
+    assert checkpoint_names(tmp_path / "run") == ["step_00000003"]
+
+
+def test_torchrun_gives_the_same_run(config, clean, tmp_path):
+    """`torchrun -m launcher train` uses the ranks that it is given, and starts none of its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    done = subprocess.run(
+        [*torchrun, "-m", "launcher", "train", str(config)], env=command_environment(), cwd=REPOSITORY,
+        capture_output=True, text=True, timeout=120, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"step {NUM_STEPS}/{NUM_STEPS}  loss") == 1
+    assert curve(tmp_path / "run") == curve(clean)
+    assert_same_end(tmp_path / "run", clean)
