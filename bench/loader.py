@@ -145,8 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_machine(["torch", "numpy"]))
-    print(f"{options.tokens:,} tokens in blocks of {options.block_tokens:,}; steps of {STEP_TOKENS:,} tokens; speeds per")
-    print("second of processor time; ratios of speeds: median (first to third quartile)\n")
+    print(f"{options.tokens:,} tokens in blocks of {options.block_tokens:,}; steps of {STEP_TOKENS:,} tokens; speeds")
+    print("per second of processor time; ratios of speeds: median (first to third quartile)\n")
     print(show_head(COLUMNS), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         manifest, memory = write_corpus(Path(folder), options.tokens, options.block_tokens, max(options.seq_lens))

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.figures import show_ratios, show_row
-from bench.step_overhead import SHAPES, Shape
+from bench.step_overhead import Shape, shape_of
 from megascale.config.training import PrecisionConfig
 from megascale.data.batch import Batch
 from megascale.engine.build import build_engine
@@ -119,7 +119,7 @@ def check_losses(losses: dict[str, float], mesh: Mesh, tolerance: float) -> None
 
 def measure(name: str, dtype: str, zero_stage: int, mesh: Mesh, seconds: float) -> str:
     """One row of the table."""
-    shape = SHAPES[name]
+    shape = shape_of(name)
     steps = {
         "ours": our_step(shape, dtype, zero_stage, mesh),
         "other": plain_step(shape, dtype, mesh),

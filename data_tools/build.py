@@ -16,9 +16,10 @@ from data_tools.progress import track_bytes
 from data_tools.settings import BuildSettings
 from data_tools.spill import SplitSpill
 from data_tools.tokenize import hash_text, tokenize_documents
-from data_tools.tokenizer import check_vocab_size, count_ids, find_eos_id, load_tokenizer, train_tokenizer
+from data_tools.tokenizer import check_vocab_size, count_ids, find_eos_id, train_tokenizer
 from data_tools.write_shards import write_file, write_index, write_shards
 from megascale.data.manifest import FORMAT_VERSION, Manifest, check_corpus, load_manifest
+from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
 
 BUILD_FILE = "build.json"

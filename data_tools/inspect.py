@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from data_tools.tokenizer import load_tokenizer
 from megascale.data.manifest import load_manifest
 from megascale.data.order import RowOrder
 from megascale.data.rows import CorpusRows
+from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
 
 

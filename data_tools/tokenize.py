@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.corpora import Document
-from data_tools.tokenizer import load_tokenizer
+from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
+from megascale.train.signals import stop_when_parent_dies
 
 BATCH_BYTES = 1 << 20
 """Source bytes that a worker takes at a time: about 0.3 s of work, against 1 ms to send them."""
@@ -96,9 +97,10 @@ def tokenize_documents(
 
 
 def prepare_worker() -> None:
-    """One thread per process, since there is a process per core; Ctrl-C is left to the parent."""
+    """One thread per process, since there is a process per core; Ctrl-C is left to the parent, whose end is ours."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop_when_parent_dies()
 
 
 def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:

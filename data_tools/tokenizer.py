@@ -47,26 +47,6 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a `tokenizer.json` so that it gives a text's own tokens: none added, none cut, none injected.
-
-    A text that spells a special token is encoded as plain text: otherwise a document could end itself.
-
-    Raises:
-        DataError: no such file, or not a tokenizer.
-    """
-    if not Path(path).is_file():
-        raise DataError(f"no tokenizer at {path}; train one with: megascale data tokenizer SOURCE --out {path}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} isn't a tokenizer file ({error}); restore it or train it again") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
 def count_ids(tokenizer: Tokenizer) -> int:
     """One more than the largest token id, which a vocabulary with holes makes larger than its number of entries."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

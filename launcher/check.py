@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.train import default_num_ranks
-from megascale.config.derive import derive, describe
+from launcher.train import check_data, default_num_ranks
+from megascale.config.derive import Derived, derive, describe
 from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
-from megascale.data.manifest import INDEX_FILE, check_corpus, load_manifest
-from megascale.data.packing import count_rows
+from megascale.data.manifest import INDEX_FILE
 from megascale.errors import LaunchError
 from megascale.model.flops import num_parameters, train_flops_per_token
 
@@ -29,19 +28,20 @@ def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | No
         *describe(config, derived),
         ("parameters", f"{parameters:,}, {config.model.padded_vocab_size} rows of vocabulary included"),
         ("FLOPs per token", f"{flops:,} forward and backward; {flops * derived.total_tokens:.3g} for the run"),
-        ("corpus", describe_corpus(config, derived.rows_per_step)),
+        ("corpus", describe_corpus(config, derived)),
     ]
     for name, value in lines:
         print(f"{name:>18}  {value}")
 
 
-def describe_corpus(config: RunConfig, rows_per_step: int) -> str:
+def describe_corpus(config: RunConfig, derived: Derived) -> str:
     """How often the run reads the corpus, or that there is none yet."""
     folder = Path(config.data.folder)
     if not (folder / "train" / INDEX_FILE).exists():
         return f"{folder} is not built yet (megascale data build)"
-    manifest = load_manifest(folder, "train")
-    check_corpus(manifest, config.model.vocab_size)
-    rows = sum(count_rows(shard.tokens, config.train.seq_len) for shard in manifest.shards)
-    epochs = config.train.max_steps * rows_per_step / rows
-    return f"{manifest.num_tokens:,} tokens in {rows:,} rows of {folder}; the run reads them {epochs:.2f} times"
+    train_rows = check_data(config, derived)
+    epochs = config.train.max_steps * derived.rows_per_step / train_rows.num_rows
+    return (
+        f"{train_rows.manifest.num_tokens:,} tokens in {train_rows.num_rows:,} rows of {folder}; the run reads them"
+        f" {epochs:.2f} times"
+    )

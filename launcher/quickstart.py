@@ -24,8 +24,6 @@ CONFIG = Path("configs/quickstart.yaml")
 SOURCE = "python-stdlib"
 VALIDATION_FRACTION = 0.02
 """Of 30 MB of text: enough tokens for a stable loss, few enough to evaluate them all in seconds on a CPU."""
-SHARD_TOKENS = 1 << 20
-"""Small, so that this corpus too has several shards."""
 NUM_RANKS = 2
 PROMPT = 'import os\n\n\ndef read_lines(path):\n    """'
 NUM_PARTS = 4
@@ -42,9 +40,7 @@ def run_quickstart() -> None:
     config = load_config(CONFIG)
     run_folder, started_s = Path(config.run.folder), time.perf_counter()
     _announce(1, f"corpus: the source of Python's standard library, in {config.data.folder}")
-    settings = BuildSettings(
-        vocab_size=config.model.vocab_size, validation_fraction=VALIDATION_FRACTION, shard_tokens=SHARD_TOKENS
-    )
+    settings = BuildSettings(vocab_size=config.model.vocab_size, validation_fraction=VALIDATION_FRACTION)
     corpus = build_corpus(
         find_source(SOURCE), Path(config.data.folder), settings, count_cores(), Console(stderr=True)
     )
@@ -54,7 +50,9 @@ def run_quickstart() -> None:
     _announce(3, "baselines: n-gram models fitted on the tokens that the run has read")
     fit = fit_baselines(run_folder)
     _announce(4, "sample and report")
-    sample = generate_text(run_folder, PROMPT, 200, 0.8, 50, None, 0, capture=True)
+    sample = generate_text(
+        run_folder, PROMPT, max_tokens=200, temperature=0.8, top_k=50, top_p=None, seed=0, capture=True
+    )
     (run_folder / SAMPLE_FILE).write_text(sample, encoding="utf-8")
     print(sample)
     report = write_report(run_folder)

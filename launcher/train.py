@@ -5,11 +5,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.local import check_num_ranks, count_cores, count_gpus, given_ranks, run_local
-from megascale.config.derive import derive
+from launcher.local import (
+    CPU_ENVIRONMENT,
+    RANK_MODULE,
+    check_num_ranks,
+    count_cores,
+    count_gpus,
+    given_ranks,
+    run_local,
+)
+from megascale.config.derive import Derived, derive
 from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
-from megascale.data.manifest import check_corpus, load_manifest
+from megascale.data.rows import CorpusRows, check_batch, open_rows
 from megascale.errors import ConfigError
 
 MAX_DEFAULT_CPU_RANKS = 8
@@ -21,18 +29,39 @@ def start_training(config_path: Path, overrides: Sequence[str], num_ranks: int |
     Raises:
         MegascaleError: bad input before any rank starts, a failed rank, or a stop that was asked for.
     """
+    if is_fresh and is_restart(dict(os.environ)):
+        print("--fresh was obeyed by the first attempt of this job; this one resumes", file=sys.stderr)
+        is_fresh = False
     arguments = [str(config_path), *overrides, *(["--fresh"] if is_fresh else [])]
     given = given_ranks(dict(os.environ))
     if given is not None:
-        os.execve(sys.executable, [sys.executable, "-m", "megascale.train.rank", *arguments], os.environ | given)
+        machine = {} if count_gpus() else CPU_ENVIRONMENT
+        os.execve(sys.executable, [sys.executable, "-m", RANK_MODULE, *arguments], os.environ | machine | given)
     config = load_config(config_path, overrides)
     if num_ranks is not None:
         check_num_ranks(num_ranks)
     num_ranks = num_ranks or default_num_ranks(config)
-    derive(config, num_ranks, source=str(config_path))
-    for split in ("train", "validation"):
-        check_corpus(load_manifest(config.data.folder, split), config.model.vocab_size)
+    check_data(config, derive(config, num_ranks, source=str(config_path)))
     run_local(arguments, num_ranks)
+
+
+def check_data(config: RunConfig, derived: Derived) -> CorpusRows:
+    """Refuses a corpus that the run can't be trained and validated on, as far as that shows without reading tokens.
+
+    Returns:
+        The training split.
+    """
+    train_rows, _ = (
+        open_rows(config.data.folder, split, config.train.seq_len, config.model.vocab_size)
+        for split in ("train", "validation")
+    )
+    check_batch(train_rows, derived.rows_per_step, config.train.micro_batch_size, derived.dp)
+    return train_rows
+
+
+def is_restart(environment: dict[str, str]) -> bool:
+    """Whether torchrun or SLURM started this job before: what it did then must not be thrown away."""
+    return any(int(environment.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def default_num_ranks(config: RunConfig) -> int:

@@ -40,6 +40,16 @@ class CheckpointError(MegascaleError):
     exit_code = EXIT_USER
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that couldn't be written; the run was under way, and its earlier checkpoints are whole."""
+
+    exit_code = EXIT_RUN
+
+
+class LeaseLostError(SaveError):
+    """Another job has taken the run folder: this one must neither save nor go on."""
+
+
 class LaunchError(MegascaleError):
     """Ranks that can't be started as asked on this machine."""
 

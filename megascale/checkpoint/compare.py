@@ -9,6 +9,7 @@ from megascale.config.dump import flat_values
 from megascale.errors import CheckpointError
 
 ABSENT = "absent"
+HORIZON_HINT = "\n(it follows train.max_steps unless it is set; set it to train longer on the schedule as it was)"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def check_same_run(saved: RunRecord, now: RunRecord, is_safe: Callable[[str], bo
         raise CheckpointError(
             "the run's checkpoints were computed with another config or corpus:\n"
             + "\n".join(f"  {change}" for change in refused)
+            + (HORIZON_HINT if any(change.key == "optimizer.horizon_steps" for change in refused) else "")
             + "\nput these back, or give the changed run a folder of its own (run.folder)"
         )
     return [change for change in changes if is_safe(change.key)]

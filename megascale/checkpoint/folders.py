@@ -10,6 +10,7 @@
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from megascale.checkpoint.files import move_durably, write_durably
@@ -51,24 +52,28 @@ def has_quarantine(run_folder: Path) -> bool:
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Removes what killed saves and deletions left behind. Only the job that owns the run folder may call this."""
+    """Removes what killed saves and deletions left behind. Only the job that owns the run folder may call this.
+
+    What can't be removed stays: its name is random or a `.trash`, and collides with nothing.
+    """
     folder = run_folder / CHECKPOINTS
     for name in _names(folder):
         if _LEFTOVER.fullmatch(name):
-            shutil.rmtree(folder / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def delete_older(run_folder: Path, newest_step: int, keep_last: int) -> None:
     """Deletes checkpoints older than the newest, which is known to be on disk, so that `keep_last` remain.
 
-    Each is renamed first, so that a half-deleted one never passes for a checkpoint.
+    Each is renamed first, so that a half-deleted one never passes for a checkpoint. One that can't be deleted, as on
+    NFS while somebody reads it, is left to the next save: the save that was made is whole.
     """
     older = [step for step in list_steps(run_folder) if step < newest_step]
     for step in older[: max(0, len(older) - (keep_last - 1))]:
         path = checkpoint_path(run_folder, step)
         trash = path.with_name(f"{path.name}.trash")
         move_durably(path, trash)
-        shutil.rmtree(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def quarantine_checkpoint(run_folder: Path, step: int, reason: str) -> Path:
@@ -82,13 +87,17 @@ def quarantine_checkpoint(run_folder: Path, step: int, reason: str) -> Path:
     return target
 
 
-def set_aside_checkpoints(run_folder: Path) -> Path | None:
-    """Moves all checkpoints of a run folder away, for a start that was asked to be fresh; nothing is deleted.
+def set_aside(run_folder: Path, other_names: Sequence[str] = ()) -> Path | None:
+    """Moves a run's checkpoints and other files away, for a start that was asked to be fresh; nothing is deleted.
+
+    Args:
+        other_names: files and folders that go with the checkpoints; those that aren't there are passed over.
 
     Returns:
-        Where they are now, or None when there were none.
+        Where they are now, or None when there was nothing.
     """
     sources = [run_folder / name for name in (CHECKPOINTS, QUARANTINE) if _names(run_folder / name)]
+    sources += [run_folder / name for name in other_names if (run_folder / name).exists()]
     if not sources:
         return None
     target = _free_name(run_folder / SET_ASIDE / "1")

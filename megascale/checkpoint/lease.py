@@ -18,7 +18,7 @@ from typing import Self
 
 from megascale.checkpoint.files import read_bounded
 from megascale.checkpoint.records import parse_record, to_json
-from megascale.errors import CheckpointError
+from megascale.errors import CheckpointError, LeaseLostError
 
 LEASE_NAME = "lease.json"
 HEARTBEAT_S = 10.0
@@ -86,11 +86,11 @@ class RunLease:
         """Makes sure that no other job has taken the run folder, for instance while this process was frozen.
 
         Raises:
-            CheckpointError: another job has.
+            LeaseLostError: another job has.
         """
         holder = _read_owner(self._path)
         if holder != self._owner:
-            raise CheckpointError(_refusal(self._path, holder))
+            raise LeaseLostError(_refusal(self._path, holder))
 
     def release(self) -> None:
         """Gives the run folder back; safe to call more than once."""

@@ -39,7 +39,7 @@ from megascale.checkpoint.records import parse_record, to_json
 from megascale.checkpoint.state import RunState
 from megascale.checkpoint.tensor_file import encode_header, encode_pieces, entry_name
 from megascale.engine.base import StatePiece
-from megascale.errors import CheckpointError, NonFiniteError
+from megascale.errors import CheckpointError, LeaseLostError, NonFiniteError, SaveError
 
 MIB = 1 << 20
 SPARE_BYTES_PER_RANK = MIB
@@ -81,15 +81,16 @@ def save_checkpoint(
     Args:
         run_folder: on a file system that all ranks share.
         pieces: the state that lives on this rank; only owned pieces are written.
-        check_lease: called on rank 0 right before the commit; raises if the run folder was taken over by another job.
+        check_lease: called on rank 0 first and right before the commit; raises if another job took the run folder.
 
     Returns:
         The folder of the checkpoint. A checkpoint of this step that exists already is left as it is.
 
     Raises:
         NonFiniteError: a value to be saved is NaN or infinite; nothing was written.
-        CheckpointError: the checkpoint couldn't be written on some rank. The earlier ones are untouched, and all
-            ranks raise this together.
+        SaveError: the checkpoint couldn't be written on some rank. The earlier ones are untouched, and all ranks
+            raise this together.
+        LeaseLostError: another job has taken the run folder; on rank 0, while the others raise SaveError.
 
     Cost: each rank reads its owned state once to check it and once to write and hash it; a dozen gathers of one number.
     """
@@ -102,13 +103,15 @@ def save_checkpoint(
     temporary = temporary_path(run_folder, state.step, ask_rank_zero(comm, lambda: secrets.randbelow(1 << 62)))
     needed_bytes = sum(comm.control_gather(_file_bytes(owned) + SPARE_BYTES_PER_RANK))
     try:
-        run_on_rank_zero(comm, lambda: _prepare(run_folder, temporary, needed_bytes))
+        run_on_rank_zero(comm, lambda: _prepare(run_folder, temporary, needed_bytes, check_lease))
         run_together(comm, lambda: _write_rank(temporary, comm.rank, owned))
         run_on_rank_zero(comm, lambda: _commit(temporary, final, run, state, comm.world_size, check_lease))
     except CheckpointError as error:
         if comm.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_explain(final, needed_bytes, error)) from error
+        if isinstance(error, LeaseLostError):
+            raise
+        raise SaveError(_explain(final, needed_bytes, error)) from error
     run_on_rank_zero(comm, lambda: delete_older(run_folder, state.step, keep_last))
     return final
 
@@ -128,7 +131,8 @@ def _file_bytes(owned: Sequence[StatePiece]) -> int:
     return len(encode_header(owned)) + sum(piece.box.numel for piece in owned) * BYTES_PER_ELEMENT
 
 
-def _prepare(run_folder: Path, temporary: Path, needed_bytes: int) -> None:
+def _prepare(run_folder: Path, temporary: Path, needed_bytes: int, check_lease: Callable[[], None]) -> None:
+    check_lease()  # before anything is removed: it may be another job's by now
     parent = run_folder / CHECKPOINTS
     if not parent.is_dir():
         parent.mkdir(parents=True)

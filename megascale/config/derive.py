@@ -29,7 +29,7 @@ class Derived:
     horizon_steps: int
 
 
-def derive(config: RunConfig, world_size: int, source: str = "config") -> Derived:
+def derive(config: RunConfig, world_size: int, source: str | None = None) -> Derived:
     """Checks the config for `world_size` ranks and computes what follows from it; `source` names it in messages.
 
     Raises:

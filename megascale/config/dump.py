@@ -36,7 +36,10 @@ def resolved_values(config: RunConfig) -> dict[str, Any]:
                         "bias": model.has_bias}
     if model.family == "llama":
         values["model"]["rope_theta"] = model.rotary_base
-    values["optimizer"]["horizon_steps"] = config.optimizer.horizon_steps or config.train.max_steps
+    has_horizon = config.optimizer.schedule != "constant"
+    values["optimizer"]["horizon_steps"] = (
+        config.optimizer.horizon_steps or config.train.max_steps if has_horizon else None
+    )
     return values
 
 
@@ -67,5 +70,7 @@ def to_yaml(values: dict[str, Any]) -> str:
 def json_schema() -> str:
     """JSON schema of the config file, for completion and checks in editors."""
     schema = RunConfig.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)  # a file with a base need not say everything; the loader checks the whole
     schema["properties"]["base"] = {"type": "string", "description": "Parent config file, relative to this one."}
     return json.dumps(schema, indent=2) + "\n"

@@ -7,10 +7,10 @@ from megascale.config.schema import RunConfig
 from megascale.errors import ConfigError
 
 
-def check_config(config: RunConfig, world_size: int, source: str) -> None:
+def check_config(config: RunConfig, world_size: int, source: str | None) -> None:
     """Refuses a config that can't run on `world_size` ranks, with every broken rule in one message.
 
-    `source` names where the config came from.
+    `source`, when known, is the file that the messages name.
 
     Raises:
         ConfigError: one line per broken rule.
@@ -18,7 +18,7 @@ def check_config(config: RunConfig, world_size: int, source: str) -> None:
     rules = (_sequence_rules, _batch_rules, _schedule_rules, _tensor_parallel_rules, _layout_rules)
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if problems:
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+        raise ConfigError("\n".join(f"{source}: {problem}" if source else problem for problem in problems))
 
 
 def _sequence_rules(config: RunConfig, world_size: int) -> Iterable[str]:

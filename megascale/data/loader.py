@@ -9,8 +9,7 @@ from megascale.data.batch import Batch
 from megascale.data.order import RowOrder
 from megascale.data.packing import pack_rows
 from megascale.data.prefetch import prefetch
-from megascale.data.rows import CorpusRows, read_rows
-from megascale.errors import ConfigError, DataError
+from megascale.data.rows import CorpusRows, check_batch, read_rows
 
 STEPS_AHEAD = 2
 """Steps that the prefetch thread makes ahead: one may be late by a whole step without a wait."""
@@ -61,28 +60,6 @@ def build_batch(rows: CorpusRows, read: Sequence[np.ndarray], row_numbers: np.nd
     """Makes the batch of some rows; padding is the end-of-text token without label."""
     tokens_BT, labels_BT = pack_rows(read, rows.seq_len, rows.manifest.eos_id)
     return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BT), torch.from_numpy(row_numbers.copy()))
-
-
-def check_batch(rows: CorpusRows, global_rows: int, micro_rows: int, num_replicas: int) -> None:
-    """Refuses a step that can't be dealt out evenly or that the corpus can't fill."""
-    unit = micro_rows * num_replicas
-    if global_rows < 1 or global_rows % unit:
-        legal = sorted({max(unit, global_rows // unit * unit), (global_rows // unit + 1) * unit})
-        raise ConfigError(
-            f"a step of {global_rows} rows isn't a multiple of train.micro_batch_size x dp = {micro_rows} x "
-            f"{num_replicas} = {unit}; use {' or '.join(map(str, legal))} rows"
-        )
-    if rows.num_rows < global_rows:
-        fitting = rows.num_rows // unit * unit
-        remedy = (
-            f"set train.global_batch_tokens to {fitting * rows.seq_len} or less"
-            if fitting
-            else f"lower train.micro_batch_size x dp = {unit}"
-        )
-        raise DataError(
-            f"{rows.manifest.index_path} has {rows.num_rows} rows of seq_len = {rows.seq_len}, fewer than the "
-            f"{global_rows} rows of one step; {remedy}, shorten train.seq_len, or build the corpus from more text"
-        )
 
 
 def evaluation_batches(

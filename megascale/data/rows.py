@@ -10,7 +10,7 @@ from megascale.data.manifest import Manifest, check_corpus, load_manifest
 from megascale.data.order import RowOrder
 from megascale.data.packing import count_rows, row_token_range
 from megascale.data.shards import ShardStore
-from megascale.errors import DataError
+from megascale.errors import ConfigError, DataError
 
 ROWS_AT_ONCE = 1024
 """Rows that `rows_read` locates in one call, which spreads its fixed cost."""
@@ -89,3 +89,25 @@ def describe_rows(rows: CorpusRows, order: RowOrder, row_numbers: Sequence[int] 
         RowPlace(epoch, rows.manifest.shards[shard].name, row, *rows.token_range(shard, row))
         for epoch, shard, row in located
     ]
+
+
+def check_batch(rows: CorpusRows, global_rows: int, micro_rows: int, num_replicas: int) -> None:
+    """Refuses a step that can't be dealt out evenly or that the corpus can't fill."""
+    unit = micro_rows * num_replicas
+    if global_rows < 1 or global_rows % unit:
+        legal = sorted({max(unit, global_rows // unit * unit), (global_rows // unit + 1) * unit})
+        raise ConfigError(
+            f"a step of {global_rows} rows isn't a multiple of train.micro_batch_size x dp = {micro_rows} x "
+            f"{num_replicas} = {unit}; use {' or '.join(map(str, legal))} rows"
+        )
+    if rows.num_rows < global_rows:
+        fitting = rows.num_rows // unit * unit
+        remedy = (
+            f"set train.global_batch_tokens to {fitting * rows.seq_len} or less"
+            if fitting
+            else f"lower train.micro_batch_size x dp = {unit}"
+        )
+        raise DataError(
+            f"{rows.manifest.index_path} has {rows.num_rows} rows of seq_len = {rows.seq_len}, fewer than the "
+            f"{global_rows} rows of one step; {remedy}, shorten train.seq_len, or build the corpus from more text"
+        )

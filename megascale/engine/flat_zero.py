@@ -21,6 +21,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from megascale.engine.fragments import init_adam_state
 
 FINITE = -1
+"""In place of a parameter's index: its gradients are all finite."""
 
 
 class FlatZeroOptimizer(BF16_Optimizer):

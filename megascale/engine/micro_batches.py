@@ -1,11 +1,14 @@
 """The part of a step that every engine shares: its micro-batches, forward and backward, and who met a bad value."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from megascale.engine.base import Objective
+from megascale.engine.base import Objective, StepOutput
+from megascale.engine.flat_zero import FINITE
+from megascale.engine.precision import MIN_LOSS_SCALE
 from megascale.parallel.mesh import Mesh
 
 NO_FAULT, LOSS_FAULT, FIRST_GRADIENT_FAULT = 0, 1, 2
@@ -37,9 +40,7 @@ def run_micro_batches(
 
 
 @torch.no_grad()
-def evaluate_batch(
-    module: torch.nn.Module, batch, objective: Objective, device: torch.device
-) -> float:
+def evaluate_batch(module: torch.nn.Module, batch, objective: Objective, device: torch.device) -> float:
     """Sum of negative log-likelihoods in nats over a batch, without dropout."""
     module.eval()
     loss = objective(module, batch.to(device), 0).item()
@@ -72,13 +73,42 @@ class LossSum:
         return bool(torch.isfinite(self.own))
 
 
+def describe_step(
+    loss_sum: LossSum,
+    num_tokens: int,
+    grad_norm: float,
+    loss_scale: float,
+    is_skipped: bool,
+    has_dynamic_scale: bool,
+    find_faults: Callable[[bool], tuple[str, ...]],
+) -> StepOutput:
+    """What a step reports, equal on every rank.
+
+    An fp16 overflow is one that a lower loss scale may cure: a loss that isn't finite itself never is.
+
+    Args:
+        find_faults: told whether this rank's loss is finite, gathers who met what; called on all ranks or on none.
+    """
+    loss = loss_sum.mean(num_tokens)
+    return StepOutput(
+        loss=loss,
+        grad_norm=math.inf if is_skipped else float(grad_norm),
+        num_tokens=num_tokens,
+        loss_scale=loss_scale,
+        is_skipped=is_skipped,
+        is_overflow=is_skipped and has_dynamic_scale and loss_scale > MIN_LOSS_SCALE and math.isfinite(loss),
+        faults=find_faults(loss_sum.own_is_finite()) if is_skipped else (),
+    )
+
+
 def gather_faults(mesh: Mesh, own_loss_is_finite: bool, bad_parameter: int, names: Sequence[str]) -> tuple[str, ...]:
     """Tells every rank what wasn't finite on which rank.
 
     Args:
-        bad_parameter: index in `names` of this rank's first parameter with a bad gradient, -1 for none.
+        bad_parameter: index in `names` of this rank's first parameter with a bad gradient, or FINITE.
     """
-    own = LOSS_FAULT if not own_loss_is_finite else FIRST_GRADIENT_FAULT + bad_parameter if bad_parameter >= 0 else 0
+    own = NO_FAULT if bad_parameter == FINITE else FIRST_GRADIENT_FAULT + bad_parameter
+    own = own if own_loss_is_finite else LOSS_FAULT
     faults = []
     for rank, code in enumerate(mesh.control_gather(own)):
         if code == LOSS_FAULT:

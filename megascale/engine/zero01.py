@@ -8,8 +8,8 @@ from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 from megascale.engine.base import Objective, StatePiece, StepOutput
 from megascale.engine.flat_zero import FlatZeroOptimizer
 from megascale.engine.fragments import linked_pieces
-from megascale.engine.micro_batches import LossSum, evaluate_batch, gather_faults, run_micro_batches
-from megascale.engine.precision import MIN_LOSS_SCALE, restore_scaler, scaler_values
+from megascale.engine.micro_batches import LossSum, describe_step, evaluate_batch, gather_faults, run_micro_batches
+from megascale.engine.precision import restore_scaler, scaler_values
 from megascale.parallel.mesh import Mesh
 
 
@@ -42,17 +42,12 @@ class WholeGradientEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        is_skipped = self.optimizer.overflow
-        self.scaler.update_scale(is_skipped)
-        return StepOutput(
-            loss=loss_sum.mean(num_tokens),
-            grad_norm=float(self.optimizer._global_grad_norm),
-            num_tokens=num_tokens,
-            loss_scale=scale,
-            is_skipped=is_skipped,
-            is_overflow=is_skipped and self.scaler.dynamic and scale > MIN_LOSS_SCALE,
-            faults=self._faults(loss_sum.own_is_finite()) if is_skipped else (),
+        output = describe_step(
+            loss_sum, num_tokens, self.optimizer._global_grad_norm, scale, self.optimizer.overflow, self.scaler.dynamic,
+            self._faults,
         )
+        self.scaler.update_scale(output.is_overflow)
+        return output
 
     def evaluate(self, batch) -> float:
         return evaluate_batch(self.model, batch, self.objective, self.mesh.device)

@@ -5,12 +5,17 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megascale.engine.base import Objective, StatePiece, StepOutput
+from megascale.engine.flat_zero import FINITE
 from megascale.engine.fragments import MOMENTS, flat_pieces, init_adam_state, linked_pieces
-from megascale.engine.micro_batches import LossSum, evaluate_batch, gather_faults, run_micro_batches
-from megascale.engine.precision import MIN_LOSS_SCALE, restore_scaler, scaler_values
+from megascale.engine.micro_batches import (
+    LossSum,
+    describe_step,
+    evaluate_batch,
+    gather_faults,
+    run_micro_batches,
+)
+from megascale.engine.precision import restore_scaler, scaler_values
 from megascale.parallel.mesh import Mesh
-
-FINITE = -1
 
 
 class PartitionedGradientEngine:
@@ -55,15 +60,9 @@ class PartitionedGradientEngine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.ds_engine.step()
-        is_skipped = bool(self.zero.overflow)
-        return StepOutput(
-            loss=loss_sum.mean(num_tokens),
-            grad_norm=float("inf") if is_skipped else float(self.zero._global_grad_norm),
-            num_tokens=num_tokens,
-            loss_scale=scale,
-            is_skipped=is_skipped,
-            is_overflow=is_skipped and self.scaler.dynamic and scale > MIN_LOSS_SCALE,
-            faults=self._faults(loss_sum.own_is_finite()) if is_skipped else (),
+        return describe_step(
+            loss_sum, num_tokens, self.zero._global_grad_norm, scale, bool(self.zero.overflow), self.scaler.dynamic,
+            self._faults,
         )
 
     def evaluate(self, batch) -> float:
@@ -105,11 +104,11 @@ class PartitionedGradientEngine:
         if self.zero_stage == 2:
             self.zero.update_lp_params()
             return
+        # Small parameters stay gathered between steps, and their whole copies are stale now: given up, they are
+        # gathered anew when they are used.
+        self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
-        if self.zero.persistent_parameters:
-            # Small parameters stay gathered between steps; their whole copies are stale until gathered again.
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def _watch_gradients(self) -> None:
         """Remembers on the device, without waiting for it, which parameters met a bad gradient on this rank.

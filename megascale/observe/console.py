@@ -1,5 +1,6 @@
 """Progress for people: a live line on a terminal, one plain line per record anywhere else."""
 
+import contextlib
 import os
 import sys
 
@@ -61,6 +62,12 @@ class _LastingConsole(Console):
     def on_broken_pipe(self) -> None:
         """Called by rich while it handles the BrokenPipeError."""
         raise
+
+
+def say(line: str) -> None:
+    """Prints a line for people; a standard output that nobody reads any more stops nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, flush=True)
 
 
 class ConsoleSink:

@@ -15,6 +15,7 @@ from megascale.observe.run_files import (
     BASELINES_FILE,
     CONFIG_FILE,
     METRICS_FILE,
+    REPORT_FILE,
     SAMPLE_FILE,
     SESSIONS_FILE,
     read_json,
@@ -22,8 +23,6 @@ from megascale.observe.run_files import (
     read_metrics,
     write_atomically,
 )
-
-REPORT_FILE = "report.html"
 
 
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
@@ -124,7 +123,7 @@ def _facts(config: dict, sessions: list[dict]) -> list[tuple[str, str]]:
     """What was trained, on what, how and by which code; the newest session speaks for the code and the layout."""
     facts = [
         (name, ", ".join(f"{key} {_short(value)}" for key, value in config[name].items() if value is not None))
-        for name in ("model", "data", "optim", "train", "parallel")
+        for name in ("model", "data", "optimizer", "train", "precision", "parallel")
         if isinstance(config.get(name), dict)
     ]
     if sessions:

@@ -12,6 +12,7 @@ METRICS_FILE = "metrics.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
 BASELINES_FILE = "baselines.json"
 SAMPLE_FILE = "sample.txt"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import json
 import netrc
 import os
 import queue
-import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,6 @@ INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 30.0
 
 Mode = Literal["online", "offline", "disabled"]
-
-
-def build_run_id() -> str:
-    """A new id for a W&B run; the run keeps it in its checkpoints, so that every session continues the same W&B run."""
-    return secrets.token_hex(8)
 
 
 def resolve_mode(config: WandbConfig) -> Mode:
@@ -79,7 +73,7 @@ class WandbSink:
 
         Args:
             config: its section of the run's config.
-            run_id: from `build_run_id` at the first start, from the checkpoint at a resume.
+            run_id: drawn at the first start, from the checkpoint at a resume.
             run_folder: holds `metrics.jsonl` and gets W&B's files, in `wandb/`.
             resume_step: completed steps of the loaded checkpoint, 0 for a fresh start.
             run_config: the resolved config; secrets are redacted here.

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megascale.errors import LaunchError
 from megascale.parallel.layout import Layout
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -70,12 +72,15 @@ def read_rank_info(environment: dict[str, str]) -> RankInfo:
     """Reads the place of this process from the variables that torchrun and `megascale train` set.
 
     Raises:
-        LaunchError: a variable is missing or not a number.
+        LaunchError: a variable is missing.
     """
-    try:
-        return RankInfo(*(int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    except (KeyError, ValueError) as error:
-        raise LaunchError(f"this rank's environment lacks a usable {error}; start it with `megascale train`") from None
+    lacking = [name for name in RANK_VARIABLES if name not in environment]
+    if lacking:
+        raise LaunchError(
+            f"this rank's environment lacks {', '.join(lacking)} of {', '.join(RANK_VARIABLES)}; start it under"
+            " torchrun or srun, or unset RANK and WORLD_SIZE to let `megascale train` start ranks itself"
+        )
+    return RankInfo(*(int(environment[name]) for name in RANK_VARIABLES[:3]))
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -108,7 +113,7 @@ def build_mesh(layout: Layout, info: RankInfo, timeout_s: float = 1800.0) -> Mes
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), info.world_size,
         is_master=info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", timeout=timeout,
     )
-    attempt = os.environ.get("MEGASCALE_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(f"attempt_{attempt}", store),

@@ -8,17 +8,15 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from megascale.checkpoint.find import VerifiedCheckpoint, peek_checkpoint
 from megascale.checkpoint.load import read_tensors
 from megascale.config.load import parse_config
-from megascale.errors import DataError, MegascaleError
+from megascale.data.tokenizer import load_tokenizer
+from megascale.errors import CheckpointError, MegascaleError
 from megascale.model.generate import Sampling, generate
 from megascale.model.transformer import Transformer, build_model
-from megascale.train.run_folder import TOKENIZER_FILE
-
-END_OF_TEXT = "<|endoftext|>"
+from megascale.train.run_folder import RUN_FILE, TOKENIZER_FILE, read_run_file
 
 
 def load_model(checkpoint: VerifiedCheckpoint) -> Transformer:
@@ -39,8 +37,11 @@ def print_continuation(run_folder: Path, prompt: str, max_tokens: int, sampling:
     """
     model = load_model(peek_checkpoint(run_folder))
     tokenizer = load_tokenizer(run_folder / TOKENIZER_FILE)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    tokens = tokenizer.encode(prompt).ids or [end]
+    run_file = read_run_file(run_folder)
+    if run_file is None:
+        raise CheckpointError(f"{run_folder / RUN_FILE} is missing; it names the token that ends a text")
+    end = run_file.eos_id
+    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
     print(prompt, end="", flush=True)
     shown, drawn = "", []
     for (token,) in generate(model, [tokens], max_tokens, sampling, eos_token=end):
@@ -52,20 +53,6 @@ def print_continuation(run_folder: Path, prompt: str, max_tokens: int, sampling:
             print(text[len(shown):], end="", flush=True)
             shown = text
     print()
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer so that text can never become a special token.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the tokenizers package raises nothing narrower
-        raise DataError(f"{path}: can't be read as a tokenizer: {error}") from None
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def main(request: str) -> int:

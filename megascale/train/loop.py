@@ -7,7 +7,8 @@ from dataclasses import replace
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.engine.base import StepOutput
-from megascale.errors import CheckpointError, NonFiniteError, StopRequested
+from megascale.errors import CheckpointError, LeaseLostError, NonFiniteError, StopRequested
+from megascale.observe.console import say
 from megascale.observe.metrics import TrainRecord
 from megascale.optim.schedules import learning_rate
 from megascale.train.evaluate import count_labels, evaluate
@@ -74,10 +75,10 @@ def save(run: Run, state: RunState, saved_step: int | None, *, is_last: bool) ->
             check_lease=run.lease.check_held if run.lease else lambda: None,
         )
     except CheckpointError as error:
-        if run.config.checkpoint.on_save_error == "stop" or is_last:
+        if run.config.checkpoint.on_save_error == "stop" or is_last or isinstance(error, LeaseLostError):
             raise
         if run.mesh.rank == 0:
-            print(f"warning: {error}. Training goes on; the next save is tried as planned", flush=True)
+            say(f"warning: {error}. Training goes on; the next save is tried as planned")
         return saved_step
     run.logger.commit(state.step)
     return state.step
@@ -110,9 +111,11 @@ def check_finite(run: Run, state: RunState, output: StepOutput) -> None:
     if policy == "stop":
         raise NonFiniteError(f"{what} (train.on_nonfinite = stop; `skip` would go on)")
     if state.skipped_in_a_row + 1 >= limit:
-        raise NonFiniteError(f"{what}, for {limit} steps in a row (train.max_skipped_steps = {limit})")
+        raise NonFiniteError(
+            f"{what}, as in the {state.skipped_in_a_row} steps before (train.max_skipped_steps = {limit})"
+        )
     if run.mesh.rank == 0:
-        print(f"warning: {what} (train.on_nonfinite = skip)", flush=True)
+        say(f"warning: {what} (train.on_nonfinite = skip)")
 
 
 def log_step(run: Run, state: RunState, output: StepOutput) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,7 +47,8 @@ def train_as_rank(arguments: list[str], stop: StopRequest) -> int:
     except MegascaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except ConnectionError:
+    except ConnectionError as error:
+        print(f"error: {error}", file=sys.stderr)
         return EXIT_PEER_LOST
     except OSError as error:  # a full disk, a folder that went away: nothing of ours to trace
         print(f"error: {error}", file=sys.stderr)
@@ -62,18 +64,19 @@ def run_rank(arguments: list[str], stop: StopRequest) -> None:
     overrides = [argument for argument in arguments[1:] if not argument.startswith("--")]
     config = load_config(Path(arguments[0]), overrides)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    run = set_up(config, read_rank_info(dict(os.environ)), stop, is_fresh="--fresh" in options)
-    status = "failed"
-    try:
-        train(run)
-        status = "finished"
-    except StopRequested:
-        status = "stopped"
-        raise
-    finally:
-        run.logger.close(status)
-        if run.lease:
-            run.lease.release()
+    with ExitStack() as at_end:
+        run = set_up(
+            config, arguments[0], read_rank_info(dict(os.environ)), stop, at_end, is_fresh="--fresh" in options
+        )
+        status = "failed"
+        try:
+            train(run)
+            status = "finished"
+        except StopRequested:
+            status = "stopped"
+            raise
+        finally:
+            run.logger.close(status)
     close_mesh()
 
 

@@ -1,29 +1,51 @@
 """The run folder: claimed by one job, known by one id, and explaining itself."""
 
-import json
 import secrets
-from dataclasses import replace
+import subprocess
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megascale.checkpoint.comm import run_on_rank_zero
-from megascale.checkpoint.folders import set_aside_checkpoints
+from megascale.checkpoint.files import read_bounded
+from megascale.checkpoint.folders import set_aside
 from megascale.checkpoint.index import RunRecord
 from megascale.checkpoint.lease import RunLease
+from megascale.checkpoint.records import parse_record, to_json
 from megascale.config.dump import to_yaml
 from megascale.errors import CheckpointError
-from megascale.observe.run_files import CONFIG_FILE, METRICS_FILE, SESSIONS_FILE, write_atomically
+from megascale.observe.run_files import (
+    BASELINES_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    SAMPLE_FILE,
+    SESSIONS_FILE,
+    write_atomically,
+)
 from megascale.parallel.mesh import Mesh
 
 RUN_FILE = "run.json"
 TOKENIZER_FILE = "tokenizer.json"
+OWN_FILES = (RUN_FILE, METRICS_FILE, SESSIONS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE, "wandb")
+"""What belongs to one run and not to the folder."""
+MAX_RUN_FILE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """What `run.json` says: the id that ties checkpoints to this run, and the token that ends a text."""
+
+    run_id: str
+    eos_id: int
 
 
 def claim_run_folder(
-    folder: Path, mesh: Mesh, record: RunRecord, is_fresh: bool
+    folder: Path, mesh: Mesh, record: RunRecord, eos_id: int, is_fresh: bool
 ) -> tuple[RunRecord, RunLease | None]:
     """Takes the run folder for this job and gives the record the folder's run id, or a new one. Every rank calls it.
 
     Args:
+        eos_id: the token that ends a text, kept for those who generate text from the run.
         is_fresh: set the run that the folder holds aside, its checkpoints and metrics included.
 
     Returns:
@@ -33,21 +55,32 @@ def claim_run_folder(
         CheckpointError: the folder is in use, can't be written, or isn't shared by all ranks.
     """
     leases: list[RunLease] = []
-    run_on_rank_zero(mesh, lambda: leases.append(_take(folder, is_fresh)))
-    run_id = read_run_id(folder)
-    if not mesh.all_true(run_id is not None):
+    run_on_rank_zero(mesh, lambda: leases.append(_take(folder, eos_id, is_fresh)))
+    run_file = read_run_file(folder)
+    if not mesh.all_true(run_file is not None):
         raise CheckpointError(f"{folder / RUN_FILE}: rank 0 wrote it, another rank can't read it; all must share it")
-    return replace(record, run_id=run_id), leases[0] if leases else None
+    return replace(record, run_id=run_file.run_id), leases[0] if leases else None
 
 
-def read_run_id(folder: Path) -> str | None:
-    """The id of the run that a folder holds, None when it holds none."""
+def read_run_file(folder: Path) -> RunFile | None:
+    """Which run a folder holds, None when it holds none.
+
+    Raises:
+        CheckpointError: it can't be told.
+    """
+    text = read_bounded(folder / RUN_FILE, MAX_RUN_FILE_BYTES)
+    return parse_record(RunFile, text, folder / RUN_FILE) if text is not None else None
+
+
+def read_git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, `-dirty` when files differ; None outside a checkout."""
+    package = Path(__file__).parent
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return str(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["run_id"])
-    except FileNotFoundError:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / RUN_FILE}: can't be read: {error}; restore it, or use --fresh") from None
+    return shown.stdout.strip() or None
 
 
 def describe_run_folder(folder: Path, record: RunRecord, tokenizer_path: Path) -> None:
@@ -56,23 +89,15 @@ def describe_run_folder(folder: Path, record: RunRecord, tokenizer_path: Path) -
     write_atomically(folder / TOKENIZER_FILE, tokenizer_path.read_bytes())
 
 
-def _take(folder: Path, is_fresh: bool) -> RunLease:
+def _take(folder: Path, eos_id: int, is_fresh: bool) -> RunLease:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: can't make the run folder: {error.strerror}; set run.folder") from None
     lease = RunLease.take(folder)
     if is_fresh:
-        set_aside_run(folder)
-    if read_run_id(folder) is None:
-        write_atomically(folder / RUN_FILE, json.dumps({"run_id": secrets.token_hex(8)}).encode())
+        set_aside(folder, OWN_FILES)
+    if read_run_file(folder) is None:
+        made = RunFile(run_id=secrets.token_hex(8), eos_id=eos_id)
+        write_atomically(folder / RUN_FILE, to_json(asdict(made)))
     return lease
-
-
-def set_aside_run(folder: Path) -> None:
-    """Makes room for a fresh start: the old run's checkpoints and logs are moved away, and nothing is deleted."""
-    target = set_aside_checkpoints(folder) or folder
-    for name in (METRICS_FILE, SESSIONS_FILE, "wandb"):
-        if target != folder and (folder / name).exists():
-            (folder / name).rename(target / name)
-    (folder / RUN_FILE).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from megascale.model.recompute import set_recompute
 from megascale.model.sharding import is_decayed
 from megascale.model.transformer import build_model, compile_blocks
 from megascale.observe.build import build_logger
+from megascale.observe.console import say
 from megascale.observe.logger import Logger
 from megascale.observe.peaks import peak_bf16_flops
 from megascale.observe.run_files import Session, append_session
@@ -35,7 +37,7 @@ from megascale.optim.optimizer import build_adamw, parameter_groups
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
 from megascale.train.objective import causal_objective
-from megascale.train.run_folder import claim_run_folder, describe_run_folder
+from megascale.train.run_folder import claim_run_folder, describe_run_folder, read_git_commit
 from megascale.train.signals import StopRequest
 
 
@@ -65,13 +67,19 @@ class Run:
     stop: StopRequest
 
 
-def set_up(config: RunConfig, info: RankInfo, stop: StopRequest, *, is_fresh: bool) -> Run:
+def set_up(
+    config: RunConfig, source: str, info: RankInfo, stop: StopRequest, at_end: ExitStack, *, is_fresh: bool
+) -> Run:
     """Builds a run on this rank, resumed from its newest whole checkpoint when there is one. Every rank calls it.
+
+    Args:
+        source: file that the config came from, for messages.
+        at_end: is given what must be released in whatever way the run ends, a failure in here included.
 
     Raises:
         ConfigError, DataError, CheckpointError, LaunchError: before anything was written but the claim on the folder.
     """
-    derived = derive(config, info.world_size)
+    derived = derive(config, info.world_size, source)
     train_rows = _open_split(config, "train")
     validation_rows = _open_split(config, "validation")
     folder = Path(config.run.folder)
@@ -81,15 +89,20 @@ def set_up(config: RunConfig, info: RankInfo, stop: StopRequest, *, is_fresh: bo
     loader = Loader(
         train_rows, order, derived.rows_per_step, config.train.micro_batch_size, mesh.dp_rank, derived.dp
     )
-    record, lease = claim_run_folder(folder, mesh, _describe_run(config, train_rows, validation_rows), is_fresh)
+    record = _describe_run(config, train_rows, validation_rows, read_git_commit() if mesh.rank == 0 else None)
+    record, lease = claim_run_folder(folder, mesh, record, train_rows.manifest.eos_id, is_fresh)
+    if lease:
+        at_end.callback(lease.release)
     checkpoint = find_checkpoint(folder, run_id=record.run_id, comm=mesh)
     if checkpoint is not None:
-        check_same_run(checkpoint.index.run, record, keeps_maths)
+        changes = check_same_run(checkpoint.index.run, record, keeps_maths)
+        for change in changes if mesh.rank == 0 else ():
+            say(f"changed since the checkpoint, without effect on what is computed: {change}")
     run_on_rank_zero(mesh, lambda: describe_run_folder(folder, record, train_rows.manifest.tokenizer_path))
 
     engine = _build_engine(config, mesh)
     start = _load_state(checkpoint, engine, mesh)
-    logger, timer = _build_observers(config, derived, folder, mesh, start, checkpoint)
+    logger, timer = _build_observers(config, derived, folder, mesh, start, checkpoint, record.code)
     return Run(
         config, derived, folder, mesh, loader, validation_rows, engine, start,
         start.step if checkpoint else None, record, lease, logger, timer, stop,
@@ -100,7 +113,9 @@ def _open_split(config: RunConfig, split: str) -> CorpusRows:
     return open_rows(config.data.folder, split, config.train.seq_len, config.model.vocab_size)
 
 
-def _describe_run(config: RunConfig, train_rows: CorpusRows, validation_rows: CorpusRows) -> RunRecord:
+def _describe_run(
+    config: RunConfig, train_rows: CorpusRows, validation_rows: CorpusRows, git_commit: str | None
+) -> RunRecord:
     """What the run is; `claim_run_folder` fills in which."""
     values = resolved_values(config)
     return RunRecord(
@@ -108,7 +123,7 @@ def _describe_run(config: RunConfig, train_rows: CorpusRows, validation_rows: Co
         config=values,
         config_fingerprint=config_fingerprint(values),
         data_fingerprints={rows.manifest.split: rows.manifest.fingerprint for rows in (train_rows, validation_rows)},
-        code=code_versions(),
+        code=code_versions(git_commit),
     )
 
 
@@ -145,7 +160,7 @@ def _load_state(checkpoint: VerifiedCheckpoint | None, engine: Engine, mesh: Mes
 
 def _build_observers(
     config: RunConfig, derived: Derived, folder: Path, mesh: Mesh, start: RunState,
-    checkpoint: VerifiedCheckpoint | None,
+    checkpoint: VerifiedCheckpoint | None, code: dict[str, str],
 ) -> tuple[Logger, StepTimer]:
     """The logs, on rank 0 only, and the timer."""
     device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
@@ -157,17 +172,18 @@ def _build_observers(
         return Logger(), timer
     facts = dict(describe(config, derived)) | {"parameters": f"{num_parameters(config.model):,}"}
     for name, value in facts.items():
-        print(f"{name:>18}  {value}", flush=True)
+        say(f"{name:>18}  {value}")
     if checkpoint is not None:
         for reason in checkpoint.rejected:
-            print(f"warning: passed over a damaged checkpoint: {reason}", flush=True)
-        print(f"resuming from {checkpoint.path} at step {start.step}", flush=True)
+            say(f"warning: passed over a damaged checkpoint: {reason}")
+        say(f"resuming from {checkpoint.path} at step {start.step}")
     append_session(folder, Session(
         unix_s=time.time(),
         resumed_step=start.step,
         world_size=derived.world_size,
         layout={"dp": derived.dp, "zero_stage": config.parallel.zero_stage},
-        versions=code_versions(),
+        versions={package: version for package, version in code.items() if package != "git_commit"},
+        git_commit=code.get("git_commit"),
         facts=facts,
     ))
     logger = build_logger(

@@ -1,6 +1,6 @@
 """A checkpoint continues to the bit in every ZeRO stage and precision, and within rounding in another stage.
 
-Mutations seen to be caught: persistent parameters not gathered after loading (ZeRO-3); the loss scaler not restored
+Mutations seen to be caught: gathered parameters not given up after loading (ZeRO-3); the loss scaler not restored
 (fp16); parameters not refreshed from the loaded masters (any stage); the padding of ZeRO-3's last partition saved.
 """
 

@@ -39,6 +39,16 @@ def test_fp32_matches_the_plain_loop(dp, tmp_path):
         assert result["norm_gap"] <= FP32_TOLERANCE, result
 
 
+def test_recompute_changes_nothing(tmp_path):
+    cases = [
+        {"zero_stage": stage, "dtype": "fp32", "micro_batch_size": 2, "recompute": mode}
+        for stage, mode in [(1, "full"), (1, "selective"), (3, "full"), (3, "selective")]
+    ]
+    for result in run_cases(2, cases, tmp_path):
+        assert result["loss_gap"] <= FP32_TOLERANCE, result
+        assert result["norm_gap"] <= FP32_TOLERANCE, result
+
+
 def test_low_precision_stays_near_fp32(tmp_path):
     cases = [
         {"zero_stage": stage, "dtype": dtype, "micro_batch_size": 2} for dtype in ("bf16", "fp16") for stage in range(4)

@@ -39,7 +39,7 @@ def test_the_readme_commands_run_in_the_order_shown(tmp_path):
             env=command_environment(PYTHONPATH=str(REPOSITORY)), capture_output=True, text=True, check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    report = (tmp_path / "runs/quickstart/report.html").read_text()
+    report = (tmp_path / "runs/by-hand/report.html").read_text()
     assert "bigram" in report
     assert "<svg" in report
 

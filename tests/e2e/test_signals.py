@@ -1,6 +1,5 @@
 """Stop signals at every stage of a run: it saves, exits with code 75, and ends as if nobody had stopped it."""
 
-import re
 import signal
 import subprocess
 import sys
@@ -14,26 +13,25 @@ from tests.support.faulty_run import (
     NUM_STEPS,
     assert_same_end,
     checkpoint_names,
-    child_pids,
     faulty_run,
     is_alive,
     send_signal,
     wait_until,
 )
 from tests.support.ranks import REPOSITORY
-from tests.support.tiny_run import command_environment, curve, megascale, write_config
+from tests.support.tiny_run import command_environment, megascale, write_config
 
-STARTING = r"^stopped while starting, as asked; the same command starts or resumes the run$"
+STARTING = "stopped while starting, as asked; the same command starts or resumes the run"
 STOPS = [
-    ("import", 0, signal.SIGTERM, False, STARTING),
-    ("setup", 0, signal.SIGINT, False, "^stopped at step 0 of 12, as asked; the same command resumes$"),
-    ("forward", 1, signal.SIGINT, False, "^stopped at step 2 of 12, as asked; the same command resumes$"),
-    ("evaluate", 4, signal.SIGTERM, False, "^stopped at step 4 of 12, as asked; the same command resumes$"),
-    ("save", 6, signal.SIGTERM, False, "^stopped at step 6 of 12, as asked; the same command resumes$"),
-    ("forward", 7, signal.SIGTERM, True, "^stopped at step 8 of 12, as asked; the same command resumes$"),
-    ("import", 0, signal.SIGTERM, True, STARTING),
+    ("import", 0, signal.SIGTERM, False, None),
+    ("setup", 0, signal.SIGINT, False, 0),
+    ("forward", 1, signal.SIGINT, False, 2),
+    ("evaluate", 4, signal.SIGTERM, False, 4),
+    ("save", 6, signal.SIGTERM, False, 6),
+    ("forward", 7, signal.SIGTERM, True, 8),
+    ("import", 0, signal.SIGTERM, True, None),
 ]
-"""(phase, step, signal, whether it goes to all processes as SLURM sends it, what the command says)."""
+"""(phase, step, signal, whether it goes to all processes as SLURM sends it, step at which the run stops)."""
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def config(corpus, tmp_path):
     return write_config(tmp_path, corpus)
 
 
-def check_stop(config, folder, phase, step, number, to_all, message) -> None:
+def check_stop(config, folder, phase, step, number, to_all, stopped_step) -> None:
     with faulty_run("paused_rank", folder, {"phase": phase, "step": step}, config) as run:
         ranks = run.wait_for_pause()
         assert len(ranks) == 2
@@ -51,15 +49,19 @@ def check_stop(config, folder, phase, step, number, to_all, message) -> None:
         if phase != "import":
             run.go_on()
         assert run.end() == EXIT_STOPPED, run.text()
-        assert re.search(message, run.text(), re.MULTILINE), run.text()
+        message = f"stopped at step {stopped_step} of {NUM_STEPS}, as asked; the same command resumes"
+        assert run.text().splitlines()[-1] == (STARTING if stopped_step is None else message)
         assert "Traceback" not in run.text()
         assert not any(is_alive(pid) for pid in ranks)
+    if stopped_step is not None:
+        assert checkpoint_names(config.parent / "run")[-1] == f"step_{stopped_step:08d}"
 
 
 def test_stopped_again_and_again_ends_as_if_never_stopped(config, clean, tmp_path):
     """The run is stopped at each place of STOPS in turn, resumed each time, and compared with the undisturbed one.
 
-    Mutations seen to be caught: MUTATIONS
+    Mutations seen to be caught: no save at a stop; an evaluation cut short counts as done; a rank that a
+    signal ends before it can handle it counts as failed; exit code 75 of a rank counts as failed.
     """
     for number, stop in enumerate(STOPS):
         check_stop(config, tmp_path / f"stop_{number}", *stop)
@@ -69,7 +71,10 @@ def test_stopped_again_and_again_ends_as_if_never_stopped(config, clean, tmp_pat
 
 
 def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(config, clean, tmp_path):
-    """Ranks notice that their launcher is gone, save and end; also those that were still starting."""
+    """Ranks notice that their launcher is gone, save and end; also those that were still starting.
+
+    Mutation seen to be caught: the parent-death signal set by the rank's own program only, seconds after its start.
+    """
     for phase, step, saved in (("import", 0, None), ("forward", 4, "step_00000005")):
         with faulty_run("paused_rank", tmp_path / phase, {"phase": phase, "step": step}, config) as run:
             ranks = run.wait_for_pause()
@@ -87,7 +92,10 @@ def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(config, clean, tmp_p
 
 
 def test_a_second_signal_ends_the_run_at_once(config, tmp_path):
-    """Two signals at one moment are one request, as `timeout` and some schedulers send them; a later one kills."""
+    """Two signals at one moment are one request, as `timeout` and some schedulers send them; a later one kills.
+
+    Mutations seen to be caught: each signal counts; a second one is passed on like the first.
+    """
     with faulty_run("paused_rank", tmp_path / "twice", {"phase": "forward", "step": 4}, config) as run:
         ranks = run.wait_for_pause()
         run.process.send_signal(signal.SIGTERM)
@@ -102,13 +110,15 @@ def test_a_second_signal_ends_the_run_at_once(config, tmp_path):
 
 
 def test_torchrun_gives_the_same_run(config, clean, tmp_path):
-    """`torchrun -m launcher train` uses the ranks that it is given, and starts none of its own."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    """`torchrun -m launcher train` uses the ranks that it is given, and starts none of its own.
+
+    Mutation seen to be caught: it starts its own all the same.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "launcher", "train", str(config)], env=command_environment(), cwd=REPOSITORY,
         capture_output=True, text=True, timeout=120, check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"step {NUM_STEPS}/{NUM_STEPS}  loss") == 1
-    assert curve(tmp_path / "run") == curve(clean)
     assert_same_end(tmp_path / "run", clean)

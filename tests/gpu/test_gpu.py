@@ -1,4 +1,4 @@
-"""The same code on a CUDA device: parity with the plain fp32 loop, resume to the bit, and a run through the CLI.
+"""The same code on a CUDA device: parity with the plain fp32 loop, and runs through the CLI.
 
 One GPU gives one rank, so collectives over NCCL are called but move nothing; more need more GPUs.
 """

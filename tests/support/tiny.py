@@ -6,11 +6,19 @@ from types import SimpleNamespace
 import torch
 
 from megascale.config.model import ModelConfig
+from megascale.config.training import PrecisionConfig
 from megascale.data.batch import Batch
+from megascale.engine import build
+from megascale.engine.base import Engine
+from megascale.engine.ds_config import deepspeed_config
+from megascale.parallel.mesh import Mesh
 
 TINY_LLAMA = ModelConfig(
     family="llama", num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61, max_seq_len=32
 )
+
+ODD_GPT2 = ModelConfig(family="gpt2", num_layers=2, d_model=33, num_heads=3, vocab_size=61, max_seq_len=32)
+"""Its parameters don't divide by the number of ranks: every partition needs padding."""
 
 
 def random_rows(vocab_size: int, num_rows: int, seq_len: int, seed: int) -> SimpleNamespace:
@@ -29,3 +37,20 @@ def batch_of_rows(rows: SimpleNamespace, numbers: Sequence[int]) -> Batch:
     """A batch of some of the rows."""
     index = torch.tensor(list(numbers))
     return Batch(tokens_BT=rows.tokens[index], labels_BT=rows.labels[index], row_numbers_B=index)
+
+
+def build_tiny_engine(model, optimizer, objective, mesh: Mesh, precision: PrecisionConfig, **options) -> Engine:
+    """`build_engine`, but ZeRO-3 shares out small parameters too.
+
+    DeepSpeed keeps parameters under 1e5 elements whole, and a tiny model has no others.
+    """
+    def config_for_small_parameters(**settings) -> dict:
+        config = deepspeed_config(**settings)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    original, build.deepspeed_config = build.deepspeed_config, config_for_small_parameters
+    try:
+        return build.build_engine(model, optimizer, objective, mesh, precision, **options)
+    finally:
+        build.deepspeed_config = original

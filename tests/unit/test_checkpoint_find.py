@@ -8,7 +8,7 @@ import pytest
 
 from megascale.checkpoint.comm import LocalComm
 from megascale.checkpoint.find import DamagedCheckpointError, find_checkpoint, peek_checkpoint, verify_checkpoint
-from megascale.checkpoint.folders import checkpoint_path, list_steps, set_aside_checkpoints
+from megascale.checkpoint.folders import checkpoint_path, list_steps, set_aside
 from megascale.errors import CheckpointError
 from tests.support.checkpoint_ranks import RUN, cut_flat, make_tensors, run_ranks, save_all
 
@@ -63,12 +63,12 @@ def test_without_a_whole_one_the_run_never_starts_silently_at_step_0(run_folder)
 def test_a_fresh_start_sets_everything_aside_and_deletes_nothing(run_folder):
     (checkpoint_path(run_folder, 6) / "index.json").unlink()
     find(run_folder)
-    first = set_aside_checkpoints(run_folder)
+    first = set_aside(run_folder)
     assert sorted(os.listdir(first)) == ["checkpoints", "quarantine"]
     assert find(run_folder) is None
-    assert set_aside_checkpoints(run_folder) is None or not list_steps(run_folder)
+    assert set_aside(run_folder) is None or not list_steps(run_folder)
     save_all(run_folder, 1, RANKS)
-    assert set_aside_checkpoints(run_folder) != first
+    assert set_aside(run_folder) != first
     assert find(run_folder) is None
 
 

@@ -16,7 +16,7 @@ from megascale.checkpoint.find import find_checkpoint, peek_checkpoint, verify_c
 from megascale.checkpoint.folders import checkpoint_path, list_steps
 from megascale.checkpoint.load import load_pieces, read_tensors
 from megascale.checkpoint.save import save_checkpoint
-from megascale.errors import CheckpointError, NonFiniteError
+from megascale.errors import CheckpointError, LeaseLostError, NonFiniteError
 from tests.support.checkpoint_ranks import (
     RUN,
     cut_columns,
@@ -141,16 +141,22 @@ def test_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
     assert (checkpoint_path(tmp_path, 4) / "index.json").stat().st_ino == before
 
 
-def test_a_lost_lease_stops_the_commit(tmp_path):
-    def taken_over():
-        raise CheckpointError("another job holds the run folder")
+@pytest.mark.parametrize("num_good_checks", [0, 1])
+def test_a_lost_lease_stops_the_save(num_good_checks, tmp_path):
+    """Before anything of the new owner's is touched, and again right before the commit."""
+    checks = [None] * num_good_checks + [LeaseLostError("another job holds the run folder")]
 
-    with pytest.raises(CheckpointError, match="not saved: another job holds"):
+    def check_lease():
+        if (found := checks.pop(0)) is not None:
+            raise found
+
+    with pytest.raises(LeaseLostError, match="another job holds"):
         save_checkpoint(
             tmp_path, RUN, state_at(1), cut_flat(make_tensors(SHAPES), [])[0],
-            comm=LocalComm(), keep_last=2, check_lease=taken_over,
+            comm=LocalComm(), keep_last=2, check_lease=check_lease,
         )
-    assert os.listdir(tmp_path / "checkpoints") == []
+    assert not checks
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def tiny(tmp_path) -> Path:
 
 def refusal(path: Path, *overrides: str, num_ranks: int = 1) -> str:
     with pytest.raises(ConfigError) as caught:
-        derive(load_config(path, list(overrides)), num_ranks)
+        derive(load_config(path, list(overrides)), num_ranks, source=str(path))
     return str(caught.value)
 
 
@@ -105,8 +105,8 @@ def test_overrides_come_last_and_must_be_assignments(tiny):
 
 def test_batch_that_does_not_divide_names_the_nearest(tiny):
     assert refusal(tiny, num_ranks=3) == (
-        "train.global_batch_tokens = 256 is not a multiple of micro_batch_size 2 x seq_len 32 x dp 3 = 192; the nearest"
-        " are 192 or 384"
+        f"{tiny}: train.global_batch_tokens = 256 is not a multiple of micro_batch_size 2 x seq_len 32 x dp 3 = 192;"
+        " the nearest are 192 or 384"
     )
 
 

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from launcher.local import check_num_ranks, count_cores, given_ranks, rank_environment
+from launcher.local import check_num_ranks, count_cores, first_cause, given_ranks, rank_environment
 from launcher.train import default_num_ranks
 from megascale.config.load import load_config
-from megascale.errors import LaunchError
+from megascale.errors import EXIT_PEER_LOST, EXIT_RUN, EXIT_USER, LaunchError
 from tests.support.tiny_run import command_environment, write_config
 
 
@@ -43,6 +44,21 @@ def test_torchrun_and_srun_give_the_ranks(monkeypatch):
     })
     assert (given["RANK"], given["LOCAL_RANK"], given["WORLD_SIZE"]) == ("3", "1", "4")
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("node7", "20007")
+
+
+@pytest.mark.parametrize(
+    ("ended", "number"),
+    [
+        ([(1, EXIT_USER), (0, EXIT_USER)], 0),
+        ([(0, EXIT_PEER_LOST), (2, EXIT_USER), (1, EXIT_PEER_LOST)], 2),
+        ([(2, -9), (0, EXIT_RUN), (1, EXIT_PEER_LOST)], 2),
+        ([(1, EXIT_PEER_LOST), (0, EXIT_PEER_LOST)], 1),
+    ],
+)
+def test_the_rank_that_knows_why_is_heard(ended, number):
+    """Ranks and their exit codes in the order of their end."""
+    failed = [SimpleNamespace(number=rank, code=code) for rank, code in ended]
+    assert first_cause(failed).number == number
 
 
 def test_ranks_without_a_gpu_are_told_so(monkeypatch):

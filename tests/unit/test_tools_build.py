@@ -14,9 +14,9 @@ from data_tools import build as build_module
 from data_tools.build import BuildSettings, build_corpus
 from data_tools.corpora import find_source
 from data_tools.output_folder import partial_folder
-from data_tools.tokenizer import load_tokenizer
 from megascale.data.manifest import load_manifest
 from megascale.data.shards import Shard
+from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
 from tests.support.corpus import QUIET, make_text
 from tests.support.ranks import REPOSITORY

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from data_tools.corpora import Document
 from data_tools.settings import EOS_TOKEN
 from data_tools.tokenize import hash_text, tokenize_batch, tokenize_documents
-from data_tools.tokenizer import find_eos_id, load_tokenizer, train_tokenizer
+from data_tools.tokenizer import find_eos_id, train_tokenizer
+from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
 
 TEXTS = ["def read(self):\n    return self.value\n", "class Reader:\n    value = 1\n"] * 20

@@ -16,11 +16,10 @@ from megascale.checkpoint.load import load_pieces
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.config.training import PrecisionConfig
-from megascale.engine.build import build_engine
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
-from tests.dist.programs.zero_parity import CLIP, LEARNING_RATE, ROWS, SEQ_LEN, TINY_LLAMA, adamw, objective
-from tests.support.tiny import batch_of_rows, random_rows
+from tests.dist.programs.zero_parity import CLIP, LEARNING_RATE, ROWS, SEQ_LEN, adamw, objective
+from tests.support.tiny import ODD_GPT2, batch_of_rows, build_tiny_engine, random_rows
 from megascale.model.transformer import build_model
 
 HALF, STEPS = 4, 8
@@ -29,9 +28,9 @@ RECORD = RunRecord("run", {}, "config", {}, {})
 
 def new_engine(zero_stage: int, dtype: str, mesh, seed: int):
     """An engine over a model that only the seed decides; a resumed one starts from another seed."""
-    model = build_model(TINY_LLAMA, seed)
+    model = build_model(ODD_GPT2, seed)
     precision = PrecisionConfig(dtype=dtype, initial_loss_scale_log2=24, loss_scale_window_steps=3)
-    return build_engine(model, adamw(model), objective, mesh, precision, zero_stage=zero_stage, clip_norm=CLIP,
+    return build_tiny_engine(model, adamw(model), objective, mesh, precision, zero_stage=zero_stage, clip_norm=CLIP,
                         micro_batch_size=2)
 
 
@@ -39,7 +38,7 @@ def take_steps(engine, mesh, first: int, stop: int) -> list[tuple]:
     """(loss, gradient norm, loss scale, skipped) of the steps [first, stop)."""
     outputs, share = [], ROWS // mesh.layout.dp
     for step in range(first, stop):
-        rows = random_rows(TINY_LLAMA.vocab_size, ROWS, SEQ_LEN, seed=step)
+        rows = random_rows(ODD_GPT2.vocab_size, ROWS, SEQ_LEN, seed=step)
         own = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
         micro_batches = [batch_of_rows(rows, own[start : start + 2]) for start in range(0, share, 2)]
         num_tokens = int((rows.labels != -100).sum())
@@ -62,6 +61,7 @@ def run_case(case: dict, folder: Path, mesh) -> dict:
     outputs += take_steps(first, mesh, HALF, STEPS)
 
     second = new_engine(case["resumed_stage"], case["dtype"], mesh, seed=2)
+    take_steps(second, mesh, STEPS, STEPS + 1)  # whatever it holds by then must be gone after loading
     found = find_checkpoint(folder, run_id="run", comm=mesh)
     load_pieces(found, second.state_pieces(), comm=mesh)
     second.restore_scalars(found.index.state.optimizer_scalars)

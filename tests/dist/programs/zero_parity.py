@@ -12,12 +12,12 @@ import torch
 
 from megascale.config.model import ModelConfig
 from megascale.config.training import PrecisionConfig
-from megascale.engine.build import build_engine
 from megascale.model.loss import token_loss
+from megascale.model.recompute import set_recompute
 from megascale.model.transformer import build_model
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
-from tests.support.tiny import TINY_LLAMA, batch_of_rows, random_rows
+from tests.support.tiny import TINY_LLAMA, batch_of_rows, build_tiny_engine, random_rows
 
 STEPS, ROWS, SEQ_LEN, CLIP, LEARNING_RATE = 20, 8, 16, 0.5, 3e-3
 
@@ -52,7 +52,8 @@ def sharded_run(config: ModelConfig, case: SimpleNamespace, mesh) -> list[tuple[
     """The same through the engine: rows split over replicas and micro-batches."""
     model = build_model(config, seed=1)
     precision = PrecisionConfig(dtype=case.dtype, initial_loss_scale_log2=10)
-    engine = build_engine(
+    set_recompute(model, getattr(case, "recompute", "none"))
+    engine = build_tiny_engine(
         model, adamw(model), objective, mesh, precision, zero_stage=case.zero_stage, clip_norm=CLIP,
         micro_batch_size=case.micro_batch_size,
     )

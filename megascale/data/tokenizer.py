@@ -1,0 +1,28 @@
+"""The tokenizer of a corpus, as the `tokenizers` package reads it."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from megascale.errors import DataError
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a `tokenizer.json` so that it gives a text's own tokens: none cut, none padded, none injected.
+
+    A text that spells a special token is encoded as plain text: otherwise a document could end itself. Encode with
+    `add_special_tokens=False`.
+
+    Raises:
+        DataError: no such file, or not a tokenizer.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"no tokenizer at {path}; train one with: megascale data tokenizer SOURCE --out {path}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{path} isn't a tokenizer file ({error}); restore it or train it again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
