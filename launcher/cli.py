@@ -44,7 +44,7 @@ def check(config: ConfigPath, overrides: Overrides = None, nproc: NumRanks = Non
 def generate(
     run: RunFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total chance.")] = None,

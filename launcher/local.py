@@ -16,7 +16,6 @@ from megascale.errors import (
     EXIT_OK,
     EXIT_PEER_LOST,
     EXIT_STOPPED,
-    EXIT_USER,
     LaunchError,
     RankFailedError,
     StopRequested,
@@ -53,6 +52,17 @@ class Rank:
     def code(self) -> int | None:
         """The exit code, None while the rank runs."""
         return self.process.poll()
+
+    @property
+    def text(self) -> str:
+        """All that it has said."""
+        return self.messages.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def error(self) -> str | None:
+        """The message for the user that it ended with, None when it had none."""
+        _, marker, message = ("\n" + self.text).rpartition("\nerror: ")
+        return message.strip() if marker else None
 
 
 class StopSignals:
@@ -114,7 +124,7 @@ class LocalRanks:
             self._raise_fault(first_cause(failed))
         stopped = [rank for rank in self.ranks if rank.code == EXIT_STOPPED]
         if stopped:
-            raise StopRequested(_messages(stopped[0]).strip().splitlines()[-1])
+            raise StopRequested(stopped[0].text.strip().splitlines()[-1])
 
     def kill(self) -> None:
         """Ends the ranks that still run."""
@@ -150,20 +160,19 @@ class LocalRanks:
             print("stopping: saving first (once more to stop at once, without saving)", file=sys.stderr, flush=True)
 
     def _raise_fault(self, rank: Rank) -> None:
-        code, text = rank.code, _messages(rank)
+        code = rank.code
         if self._signals.count > 1 and code == -signal.SIGKILL:
             raise RankFailedError(
                 "stopped at once and without saving, as asked; the same command resumes from the last checkpoint"
             )
         if self._signals.count and code == -signal.SIGTERM:  # before the rank could set up its own handling
             raise StopRequested("stopped while starting, as asked; the same command starts or resumes the run")
-        _, marker, message = ("\n" + text).rpartition("\nerror: ")
-        if marker:
-            fault = RankFailedError(message.strip())
+        if rank.error is not None:
+            fault = RankFailedError(rank.error)
             fault.exit_code = code
             raise fault
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        tail = "\n".join(text.splitlines()[-TAIL_LINES:])
+        tail = "\n".join(rank.text.splitlines()[-TAIL_LINES:])
         raise RankFailedError(
             f"rank {rank.number} {how}; all ranks were stopped. The same command resumes from the last checkpoint"
             + (f"\nthe end of its messages:\n{tail}" if tail else "")
@@ -189,17 +198,13 @@ def run_local(arguments: Sequence[str], num_ranks: int, module: str = RANK_MODUL
 def first_cause(failed: Sequence[Rank]) -> Rank:
     """Of ranks in the order of their end, the one that knows why.
 
-    A fault of the user's is agreed on by all ranks, and rank 0, which acts for them, has the details; otherwise the
-    first to fail for a reason of its own.
+    The first to fail for a reason of its own. When several ended alike, with a message for the user, they have agreed
+    to, and the lowest rank, which acts for the others, has the details.
     """
     first = next((rank for rank in failed if rank.code != EXIT_PEER_LOST), failed[0])
-    if first.code == EXIT_USER:
-        return min((rank for rank in failed if rank.code == EXIT_USER), key=lambda rank: rank.number)
-    return first
-
-
-def _messages(rank: Rank) -> str:
-    return rank.messages.read_text(encoding="utf-8", errors="replace")
+    if first.error is None:
+        return first
+    return min((r for r in failed if r.code == first.code and r.error is not None), key=lambda rank: rank.number)
 
 
 def rank_environment(

@@ -3,6 +3,7 @@
 Shapes: B rows, T positions, V padded vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,8 +34,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ConfigError(f"temperature = {self.temperature} is negative; use 0 for the likeliest token, or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature = {self.temperature} is no finite number from 0 up; use 0 for the likeliest token"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k} keeps no token; use at least 1, or leave it out")
         if self.top_p is not None and not 0 < self.top_p <= 1:

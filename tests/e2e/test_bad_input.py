@@ -186,11 +186,11 @@ def test_two_runs_on_one_folder(config, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
-    (["--temperature", "-1"], "--temperature -1.0: use 0"),
-    (["--temperature", "nan"], "--temperature nan: use 0"),
-    (["--top-k", "0"], "--top-k 0: use 1 or more"),
-    (["--top-p", "1.5"], "--top-p 1.5: use a share over 0 and up to 1"),
-    (["--max-tokens", "0"], "--max-tokens 0: use 1 or more"),
+    (["--temperature", "-1"], "temperature = -1.0 is no finite number from 0 up; use 0"),
+    (["--temperature", "nan"], "temperature = nan is no finite number from 0 up; use 0"),
+    (["--top-k", "0"], "top_k = 0 keeps no token; use at least 1"),
+    (["--top-p", "1.5"], "top_p = 1.5 is not a share of the probability; use more than 0, at most 1"),
+    (["--max-tokens", "0"], "greater than or equal to 1"),
 ])
 def test_sampling_that_means_nothing(arguments, part, clean):
     check_refused(["generate", clean, *arguments], [part], clean)

@@ -49,15 +49,16 @@ def test_torchrun_and_srun_give_the_ranks(monkeypatch):
 @pytest.mark.parametrize(
     ("ended", "number"),
     [
-        ([(1, EXIT_USER), (0, EXIT_USER)], 0),
-        ([(0, EXIT_PEER_LOST), (2, EXIT_USER), (1, EXIT_PEER_LOST)], 2),
-        ([(2, -9), (0, EXIT_RUN), (1, EXIT_PEER_LOST)], 2),
-        ([(1, EXIT_PEER_LOST), (0, EXIT_PEER_LOST)], 1),
+        ([(1, EXIT_USER, "rank 0 failed"), (0, EXIT_USER, "why")], 0),
+        ([(0, EXIT_PEER_LOST, None), (2, EXIT_USER, "why"), (1, EXIT_PEER_LOST, None)], 2),
+        ([(2, -9, None), (0, EXIT_RUN, None), (1, EXIT_PEER_LOST, None)], 2),
+        ([(1, EXIT_RUN, None), (0, EXIT_RUN, None)], 1),
+        ([(1, EXIT_PEER_LOST, None), (0, EXIT_PEER_LOST, None)], 1),
     ],
 )
 def test_the_rank_that_knows_why_is_heard(ended, number):
-    """Ranks and their exit codes in the order of their end."""
-    failed = [SimpleNamespace(number=rank, code=code) for rank, code in ended]
+    """Ranks, their exit codes and messages in the order of their end."""
+    failed = [SimpleNamespace(number=rank, code=code, error=error) for rank, code, error in ended]
     assert first_cause(failed).number == number
 
 
