@@ -13,7 +13,7 @@ from data_tools.corpora import find_source
 from data_tools.settings import BuildSettings
 from launcher.baselines import fit_baselines
 from launcher.generate import generate_text
-from launcher.local import count_cores
+from launcher.local import count_cores, count_gpus
 from launcher.train import start_training
 from megascale.config.load import load_config
 from megascale.errors import ConfigError
@@ -24,7 +24,8 @@ CONFIG = Path("configs/quickstart.yaml")
 SOURCE = "python-stdlib"
 VALIDATION_FRACTION = 0.02
 """Of 30 MB of text: enough tokens for a stable loss, few enough to evaluate them all in seconds on a CPU."""
-NUM_RANKS = 2
+MAX_RANKS = 2
+"""So that there is something to share out; fewer where there is but one GPU."""
 PROMPT = 'import os\n\n\ndef read_lines(path):\n    """'
 NUM_PARTS = 4
 
@@ -45,8 +46,9 @@ def run_quickstart() -> None:
         find_source(SOURCE), Path(config.data.folder), settings, count_cores(), Console(stderr=True)
     )
     print(corpus.describe())
-    _announce(2, f"training: {config.train.max_steps} steps on {NUM_RANKS} ranks, ZeRO-{config.parallel.zero_stage}")
-    start_training(CONFIG, [], NUM_RANKS, is_fresh=False)
+    num_ranks = min(MAX_RANKS, count_gpus() or MAX_RANKS)
+    _announce(2, f"training: {config.train.max_steps} steps on {num_ranks} ranks, ZeRO-{config.parallel.zero_stage}")
+    start_training(CONFIG, [], num_ranks, is_fresh=False)
     _announce(3, "baselines: n-gram models fitted on the tokens that the run has read")
     fit = fit_baselines(run_folder)
     _announce(4, "sample and report")
