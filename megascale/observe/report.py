@@ -40,7 +40,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     sessions = list(read_json_lines(run_folder / SESSIONS_FILE))
     config_text = _read_text(run_folder / CONFIG_FILE)
     config = redact(yaml.safe_load(config_text) or {}) if config_text else {}
-    name = run_folder.resolve().name
+    name = config.get("run", {}).get("name", run_folder.resolve().name)
     body = [
         page.heading(name, _subtitle(lines, sessions)),
         page.tiles(_first_numbers(lines, fits)),

@@ -192,7 +192,7 @@ class WandbSink:
             mode=mode,
             id=self.run_id,
             resume="allow",
-            name=self._run_folder.name,
+            name=self._run_config.get("run", {}).get("name", self._run_folder.name),
             project=self._config.project,
             entity=self._config.entity,
             tags=self._config.tags,

@@ -15,7 +15,7 @@ LAYERS = [
     {"megascale.checkpoint"},
     {"megascale.engine"},
     {"megascale.model", "megascale.optim", "megascale.observe"},
-    {"megascale.parallel", "megascale.data", "megascale.plan"},
+    {"megascale.parallel", "megascale.data"},
     {"megascale.config"},
     {"megascale.errors"},
 ]
@@ -26,7 +26,7 @@ ONLY_IN = {
     "wandb": {"megascale.observe"},
     "webdataset": {"megascale.data", "data_tools"},
 }
-TORCH_FREE = {"megascale.errors", "megascale.config", "megascale.plan", "launcher", "data_tools"}
+TORCH_FREE = {"megascale.errors", "megascale.config", "launcher", "data_tools"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
 SAFE_YAML_LOADERS = {"StrictLoader", "yaml.SafeLoader"}

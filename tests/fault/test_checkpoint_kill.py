@@ -17,7 +17,7 @@ from megascale.checkpoint.comm import LocalComm
 from megascale.checkpoint.find import find_checkpoint
 from megascale.checkpoint.folders import list_steps
 from megascale.checkpoint.load import load_pieces
-from megascale.errors import CheckpointError
+from megascale.errors import CheckpointError, SaveError
 from tests.support.checkpoint_ranks import PeerGoneError, cut_flat, equal_bits, make_tensors, save_all, zeros_like
 from tests.support.file_faults import FileCalls, Killed, after_half, fail_with, run_forked, watched_files
 
@@ -137,7 +137,7 @@ def test_a_full_file_system(before, tmp_path):
             patch.setattr("megascale.checkpoint.save.free_bytes", lambda folder: 2**40)
             save_all(mount, 3, small)
             outcomes = save_all(mount, 6, big)
-        assert [type(outcome) for outcome in outcomes] == [CheckpointError] * 2
+        assert [type(outcome) for outcome in outcomes] == [SaveError] * 2
         assert "No space left on device" in str(outcomes[0])
         assert find_checkpoint(mount, run_id="run-a", comm=LocalComm()).index.state.step == 3
         assert os.listdir(mount / "checkpoints") == ["step_00000003"]
