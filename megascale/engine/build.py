@@ -48,10 +48,11 @@ def _build(
     connect_deepspeed(mesh)
     names = {parameter: name for name, parameter in model.named_parameters()}
     shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
-    model.to(mesh.device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(mesh.device)
+    for parameter in names:
+        parameter.data = parameter.data.to(mesh.device if zero_stage < 3 else "cpu", TORCH_DTYPE[precision.dtype])
     if zero_stage <= 1:
-        for parameter in names:
-            parameter.data = parameter.data.to(TORCH_DTYPE[precision.dtype])
         flat_optimizer = FlatZeroOptimizer(
             optimizer, names, mesh.dp_group, mesh.dp_group if zero_stage == 1 else mesh.self_group, clip_norm
         )
@@ -59,18 +60,18 @@ def _build(
             precision.dtype, precision.initial_loss_scale_log2, precision.loss_scale_window_steps
         )
         return WholeGradientEngine(model, flat_optimizer, names, objective, scaler, mesh)
-    ds_engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(
-            zero_stage=zero_stage,
-            dtype=precision.dtype,
-            clip_norm=clip_norm,
-            micro_batch_size=micro_batch_size,
-            initial_loss_scale_log2=precision.initial_loss_scale_log2,
-            loss_scale_window_steps=precision.loss_scale_window_steps,
-        ),
+    config = deepspeed_config(
+        zero_stage=zero_stage,
+        dtype=precision.dtype,
+        clip_norm=clip_norm,
+        micro_batch_size=micro_batch_size,
+        initial_loss_scale_log2=precision.initial_loss_scale_log2,
+        loss_scale_window_steps=precision.loss_scale_window_steps,
     )
+    if zero_stage == 3:
+        # Shares the parameters out one by one on their way to the device, which may not have room for all of them.
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return PartitionedGradientEngine(ds_engine, zero_stage, names, shapes, objective, mesh)
 
 
