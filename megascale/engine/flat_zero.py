@@ -20,6 +20,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from megascale.engine.fragments import init_adam_state
 
+NORM_PIECE_ELEMENTS = 4096
 FINITE = -1
 """In place of a parameter's index: its gradients are all finite."""
 
@@ -87,9 +88,12 @@ class FlatZeroOptimizer(BF16_Optimizer):
                 partition.mul_(unscale)
 
     def get_grads_for_norm(self, for_clipping: bool = False):
-        """This rank's partitions: summed over the ranks their squares are the squared norm of the whole gradient."""
+        """This rank's partitions, or their norms piece by piece: all ranks' together have the whole gradient's norm.
+
+        Piece by piece, since one fp32 sum over millions of squares loses the last digits.
+        """
         partitions = list(self.fp32_groups_gradient_flat_partition)
-        return partitions if for_clipping else (partitions, {})
+        return partitions if for_clipping else ([piece_norms(partition) for partition in partitions], {})
 
     def clear_hp_grads(self) -> None:
         """Zeroes the gradients; after an overflow, notes first how large this rank's own were."""
@@ -137,6 +141,13 @@ class FlatZeroOptimizer(BF16_Optimizer):
         """Notes the largest magnitude in each parameter's gradient, NaN where one is NaN, without waiting for it."""
         gradients = [gradient for group in self.fp32_groups_gradients for gradient in group]
         self.largest_gradients = torch.stack([torch.linalg.vector_norm(gradient, inf) for gradient in gradients])
+
+
+def piece_norms(flat: torch.Tensor) -> torch.Tensor:
+    """L2 norms of consecutive pieces of a flat tensor, the last one shorter."""
+    num_even = len(flat) // NORM_PIECE_ELEMENTS * NORM_PIECE_ELEMENTS
+    even, rest = flat[:num_even].view(-1, NORM_PIECE_ELEMENTS), flat[num_even:]
+    return torch.cat([torch.linalg.vector_norm(even, dim=1), torch.linalg.vector_norm(rest)[None]])
 
 
 def start_reduce_scatter(
