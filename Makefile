@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test soak gpu bench lint schema clean
+.PHONY: quickstart test soak parity gpu bench bench-gpu lint schema clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/megascale quickstart
@@ -15,6 +15,10 @@ test: $(VENV)/.installed-test
 soak: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -m slow
 
+# Every layout against the plain loop, as a table; twenty minutes on two cores.
+parity: $(VENV)/.installed-test
+	@$(BIN)/python -m tests.dist.parity_table
+
 # Needs a CUDA device; skipped without one.
 gpu: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest tests/gpu
@@ -22,6 +26,13 @@ gpu: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	@$(BIN)/python -m bench.step_overhead
 	@$(BIN)/python -m bench.loader
+	@$(BIN)/python -m bench.comm_volume
+	@$(BIN)/python -m bench.memory
+	@$(BIN)/python -m bench.schedule_trace
+
+# Needs a CUDA device. Half an hour; `python -m bench.gpu --shape NAME` is one row of the table.
+bench-gpu: $(VENV)/.installed-test
+	@$(BIN)/python -m bench.gpu
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

@@ -12,13 +12,16 @@ from itertools import cycle, permutations
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.figures import show_ratios, show_row
 from bench.step_overhead import Shape, shape_of
 from megascale.config.training import PrecisionConfig
 from megascale.data.batch import Batch
+from megascale.engine.base import EngineSettings
 from megascale.engine.build import build_engine
+from megascale.model.axes import ONE_RANK
 from megascale.model.flops import num_parameters
 from megascale.model.sharding import is_decayed
 from megascale.model.transformer import Transformer, build_model
@@ -45,9 +48,10 @@ def build_optimizer(model: Transformer) -> torch.optim.AdamW:
 def our_step(shape: Shape, dtype: str, zero_stage: int, mesh: Mesh) -> Step:
     """The step of a run, by its own engine."""
     model = build_model(shape.model, SEED)
+    objective = causal_objective(shape.model, SEED, ONE_RANK, document_end=None)
+    settings = EngineSettings(zero_stage=zero_stage, clip_norm=CLIP_NORM, micro_batch_size=shape.rows)
     engine = build_engine(
-        model, build_optimizer(model), causal_objective(shape.model, SEED), mesh, PrecisionConfig(dtype=dtype),
-        zero_stage=zero_stage, clip_norm=CLIP_NORM, micro_batch_size=shape.rows,
+        model, build_optimizer(model), objective, mesh, PrecisionConfig(dtype=dtype), settings, model.placements()
     )
     num_tokens = shape.rows * shape.seq_len * mesh.layout.dp
 
@@ -58,16 +62,19 @@ def our_step(shape: Shape, dtype: str, zero_stage: int, mesh: Mesh) -> Step:
 
 
 def plain_step(shape: Shape, dtype: str, mesh: Mesh) -> Step:
-    """The step of a loop by hand: DistributedDataParallel over several ranks, autocast for bf16."""
+    """The step of a loop by hand: torch's cross-entropy, DistributedDataParallel over ranks, autocast for bf16."""
     model = build_model(shape.model, SEED).to(mesh.device)
-    optimizer, objective = build_optimizer(model), causal_objective(shape.model, SEED)
+    optimizer = build_optimizer(model)
+    objective = causal_objective(shape.model, SEED, ONE_RANK, document_end=None)
     module = DistributedDataParallel(model, gradient_as_bucket_view=True) if mesh.layout.dp > 1 else model
     num_tokens = shape.rows * shape.seq_len
 
     def step(batch: Batch, number: int) -> float:
         with torch.autocast(mesh.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = objective(module, batch.to(mesh.device), number) / num_tokens
-        loss.backward()
+            tokens_BT, context, labels_BT = objective(batch.to(mesh.device), number)
+            logits_NV = module(tokens_BT, context).flatten(0, 1)
+            loss = F.cross_entropy(logits_NV.float(), labels_BT.flatten(), reduction="sum") / num_tokens
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()

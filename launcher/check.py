@@ -9,7 +9,8 @@ from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
 from megascale.data.manifest import INDEX_FILE
 from megascale.errors import LaunchError
-from megascale.model.flops import num_parameters, train_flops_per_token
+from megascale.model.flops import layer_costs, num_parameters, train_flops_per_token
+from megascale.parallel.stages import ideal_idle_fraction, plan_stages
 
 
 def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | None) -> None:
@@ -26,12 +27,31 @@ def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | No
     flops = train_flops_per_token(config.model, config.train.seq_len)
     lines = [
         *describe(config, derived),
+        *describe_stages(config, derived),
         ("parameters", f"{parameters:,}, {config.model.padded_vocab_size} rows of vocabulary included"),
         ("FLOPs per token", f"{flops:,} forward and backward; {flops * derived.total_tokens:.3g} for the run"),
         ("corpus", describe_corpus(config, derived)),
     ]
     for name, value in lines:
         print(f"{name:>18}  {value}")
+
+
+def describe_stages(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
+    """Blocks and share of the work of each pipeline stage, and how long ranks idle at best; nothing without stages."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return []
+    costs = layer_costs(config.model, config.train.seq_len)
+    stages = plan_stages(costs, derived.num_stages, parallel.stage_layers)
+    blocks = range(1, 1 + config.model.num_layers)
+    split = [len(range(max(s.start, blocks.start), min(s.stop, blocks.stop))) for s in stages]
+    shares = [sum(costs[stage.start : stage.stop]) / sum(costs) for stage in stages]
+    lines = [("blocks per stage", f"{split} {'by hand' if parallel.stage_layers else 'by cost'}; the dearest stage does"
+                                  f" {max(shares) * len(stages):.2f} times its equal share")]
+    if derived.num_micro_batches >= derived.num_stages:  # the closed form is that of a full pipeline
+        idle = ideal_idle_fraction(parallel.schedule, parallel.pp, parallel.stages_per_rank, derived.num_micro_batches)
+        lines.append(("idle at best", f"{idle:.1%} of a step, with equal stages and messages that cost nothing"))
+    return lines
 
 
 def describe_corpus(config: RunConfig, derived: Derived) -> str:

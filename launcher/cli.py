@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
-from megascale.errors import MegascaleError, StopRequested
+from megascale.errors import EXIT_DIFFERENT, MegascaleError, StopRequested
 
 app = typer.Typer(
     help="Pretrain transformers on anything from a laptop's CPU to a GPU cluster, from one YAML file.",
@@ -33,11 +33,32 @@ def train(
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None, nproc: NumRanks = None) -> None:
+def check(
+    config: ConfigPath, overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option("--nproc", help="Ranks of the run, on any machines.")] = None,
+) -> None:
     """Check a config and print what follows from it, without starting anything."""
     from launcher.check import print_check
 
     print_check(config, overrides or [], nproc)
+
+
+@app.command()
+def parity(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    layout: Annotated[list[str] | None, typer.Option(
+        help="Twice: a layout such as dp1, or tp2,pp2,zero1,schedule=zero_bubble.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps to compare.")] = 3,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative difference. Default: by precision.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the traces in this new folder.")] = None,
+    drift: Annotated[bool, typer.Option("--drift", help="Let each layout go on from its own state.")] = False,
+) -> None:
+    """Run the first steps under two layouts, and report the first step, phase and tensor where they differ."""
+    from launcher.parity import compare_layouts
+
+    if not compare_layouts(config, layout or [], steps, tolerance, keep, overrides or [], is_drift=drift):
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 @app.command()
@@ -49,11 +70,13 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total chance.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that share the model on this machine.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks that share it.")] = 1,
 ) -> None:
     """Continue a text with the newest whole checkpoint of a run."""
     from launcher.generate import generate_text
 
-    generate_text(run, prompt, max_tokens, temperature, top_k, top_p, seed)
+    generate_text(run, prompt, max_tokens, temperature, top_k, top_p, seed, tp=tp, pp=pp)
 
 
 @app.command()

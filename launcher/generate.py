@@ -6,25 +6,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.local import count_cores
+from launcher.local import CPU_ENVIRONMENT, check_num_ranks, count_cores, count_gpus, run_local
 from megascale.errors import RankFailedError
+
+GENERATE_MODULE = "megascale.train.generate"
 
 
 def generate_text(
     run_folder: Path, prompt: str, max_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-    seed: int, *, capture: bool = False,
+    seed: int, *, tp: int = 1, pp: int = 1, capture: bool = False,
 ) -> str:
     """Continues a text with the newest whole checkpoint of a run; prints it, or returns it when `capture` is set.
+
+    With `tp` x `pp` over 1 so many ranks of this machine share the model, and print; they can't capture.
 
     Raises:
         ConfigError: a sampling setting that means nothing.
         RankFailedError: the generating process failed, for the reason in its message.
     """
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    request = {"run_folder": str(run_folder), "prompt": prompt, "max_tokens": max_tokens, "sampling": sampling}
+    request = {"run_folder": str(run_folder), "prompt": prompt, "max_tokens": max_tokens, "sampling": sampling,
+               "layout": {"tp": tp, "pp": pp}}
+    if tp * pp > 1:
+        check_num_ranks(tp * pp)
+        run_local([json.dumps(request)], tp * pp, GENERATE_MODULE)
+        return ""
+    machine = {} if count_gpus() else CPU_ENVIRONMENT
     finished = subprocess.run(
-        [sys.executable, "-m", "megascale.train.generate", json.dumps(request)],
-        env={"OMP_NUM_THREADS": str(count_cores())} | os.environ, stdout=subprocess.PIPE if capture else None,
+        [sys.executable, "-m", GENERATE_MODULE, json.dumps(request)],
+        env={"OMP_NUM_THREADS": str(count_cores())} | os.environ | machine, stdout=subprocess.PIPE if capture else None,
         stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False,
     )
     if finished.returncode:

@@ -65,10 +65,14 @@ def is_restart(environment: dict[str, str]) -> bool:
 
 
 def default_num_ranks(config: RunConfig) -> int:
-    """One rank per GPU; without GPUs the most ranks, up to one per core and 8, that the batch can be dealt out to."""
+    """One rank per GPU; without GPUs the most ranks, up to one per core and 8, that the batch can be dealt out to.
+
+    A layout that shares one replica out among more ranks than there are cores gets one replica.
+    """
     if count_gpus():
         return count_gpus()
-    for num_ranks in range(min(count_cores(), MAX_DEFAULT_CPU_RANKS), 1, -1):
+    model_ranks = config.parallel.tp * config.parallel.pp * config.parallel.cp
+    for num_ranks in range(max(min(count_cores(), MAX_DEFAULT_CPU_RANKS), model_ranks), 1, -1):
         try:
             derive(config, num_ranks)
             return num_ranks

@@ -5,6 +5,8 @@ mended without reading the code. The command line prints the message alone; a tr
 """
 
 EXIT_OK = 0
+EXIT_DIFFERENT = 1
+"""Two things that were compared are not the same."""
 EXIT_USER = 2
 """The config, the data, the checkpoint or the call is at fault: nothing was started, nothing was written."""
 EXIT_RUN = 3

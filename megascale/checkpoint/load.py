@@ -4,15 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from math import prod
 
-import torch
-
 from megascale.checkpoint.comm import Comm, run_together
 from megascale.checkpoint.find import VerifiedCheckpoint
 from megascale.checkpoint.index import SliceRecord
 from megascale.checkpoint.tensor_file import read_parts
 from megascale.engine.base import StatePiece
 from megascale.errors import CheckpointError
-from megascale.parallel.boxes import intersect_boxes, whole_box
+from megascale.parallel.boxes import intersect_boxes
 
 NAMES_SHOWN = 5
 
@@ -30,22 +28,21 @@ def load_pieces(checkpoint: VerifiedCheckpoint, pieces: Iterable[StatePiece], *,
     pieces = list(pieces)
     run_together(comm, lambda: _check_keys(checkpoint, pieces))
     _check_nothing_left(checkpoint, pieces, comm)
-    run_together(comm, lambda: _read_pieces(checkpoint, pieces))
+    run_together(comm, lambda: fill_pieces(checkpoint, pieces))
 
 
-def read_tensors(checkpoint: VerifiedCheckpoint, prefix: str) -> dict[str, torch.Tensor]:
-    """Whole tensors, by the rest of their key, of all keys that begin with `prefix`, such as `master/`.
+def fill_pieces(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) -> None:
+    """Fills the tensor of each piece, with no word to other ranks: for tools that need weights without an engine.
 
-    For tools that need the weights without an engine. Memory: all of these tensors in fp32.
+    Cost: reads the bytes of the pieces once.
     """
-    tensors, pieces = {}, []
-    for key, record in checkpoint.index.tensors.items():
-        if key.startswith(prefix):
-            tensor = torch.empty(record.shape)
-            tensors[key.removeprefix(prefix)] = tensor
-            pieces.append(StatePiece(key, record.shape, whole_box(record.shape), tensor.view(-1), is_owner=True))
-    _read_pieces(checkpoint, pieces)
-    return tensors
+    parts_of_file: dict[str, list[tuple[SliceRecord, StatePiece]]] = defaultdict(list)
+    for piece in pieces:
+        for part in checkpoint.index.tensors[piece.key].slices:
+            if intersect_boxes(part.box, piece.box):
+                parts_of_file[part.file].append((part, piece))
+    for name, parts in parts_of_file.items():
+        read_parts(checkpoint.path / name, parts)
 
 
 def _check_keys(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) -> None:
@@ -73,16 +70,6 @@ def _check_nothing_left(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePi
         f"{checkpoint.path}: holds {_name_some(extra)}, which this model and optimizer don't have" if extra
         else f"{checkpoint.path}: the owned pieces of all ranks don't cover this model exactly once"
     )
-
-
-def _read_pieces(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) -> None:
-    parts_of_file: dict[str, list[tuple[SliceRecord, StatePiece]]] = defaultdict(list)
-    for piece in pieces:
-        for part in checkpoint.index.tensors[piece.key].slices:
-            if intersect_boxes(part.box, piece.box):
-                parts_of_file[part.file].append((part, piece))
-    for name, parts in parts_of_file.items():
-        read_parts(checkpoint.path / name, parts)
 
 
 def _name_some(keys: Sequence[str]) -> str:

@@ -18,6 +18,9 @@ class Derived:
         tokens_per_step: input tokens of one step over all replicas.
         total_tokens: input tokens of the whole run.
         horizon_steps: step at which the learning-rate schedule ends.
+        num_stages: pipeline stages of one replica; 1 without a pipeline.
+        attention_columns: positions of each row that one rank's attention holds.
+        residual_columns: positions of each row that one rank's residual stream holds.
     """
 
     world_size: int
@@ -27,6 +30,9 @@ class Derived:
     tokens_per_step: int
     total_tokens: int
     horizon_steps: int
+    num_stages: int
+    attention_columns: int
+    residual_columns: int
 
 
 def derive(config: RunConfig, world_size: int, source: str | None = None) -> Derived:
@@ -47,6 +53,9 @@ def derive(config: RunConfig, world_size: int, source: str | None = None) -> Der
         tokens_per_step=train.global_batch_tokens,
         total_tokens=train.global_batch_tokens * train.max_steps,
         horizon_steps=config.optimizer.horizon_steps or train.max_steps,
+        num_stages=parallel.num_stages,
+        attention_columns=train.seq_len // parallel.cp,
+        residual_columns=train.seq_len // parallel.cp // (parallel.tp if parallel.is_sequence_parallel else 1),
     )
 
 
@@ -61,6 +70,50 @@ def describe(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
                             f" {derived.num_micro_batches} x dp {derived.dp} x seq_len {train.seq_len}"),
         ("rows per step", f"{derived.rows_per_step:,} = {derived.tokens_per_step:,} / seq_len {train.seq_len}"),
         ("tokens of the run", f"{derived.total_tokens:,} = {derived.tokens_per_step:,} x {train.max_steps:,} steps"),
-        ("sharding", f"ZeRO-{parallel.zero_stage} over dp {derived.dp}"),
-        ("precision", f"{config.precision.dtype} parameters and activations, fp32 masters, moments and accumulation"),
+        *_describe_axes(config, derived),
+        ("sharding", _describe_sharding(config, derived)),
+        ("precision", f"{config.precision.dtype} parameters and activations, fp32 masters, moments and accumulation"
+                      f"{', fp8 products in linear layers' if config.precision.fp8_linear else ''}"),
+        ("recompute", _describe_recompute(config)),
     ]
+
+
+def _describe_axes(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
+    """A line for each axis that shares the model or its rows out."""
+    parallel, model, lines = config.parallel, config.model, []
+    tp, cp = parallel.tp, parallel.cp
+    if tp > 1:
+        kv_heads = f"{model.kv_heads} / {tp} = {model.kv_heads // tp} kv heads" if model.kv_heads >= tp else (
+            f"1 of {model.kv_heads} kv heads, shared by {tp // model.kv_heads} ranks")
+        lines.append(("tensor parallel", (
+            f"each of tp {tp} ranks: {model.num_heads} / {tp} = {model.num_heads // tp} heads, {kv_heads}, d_ff"
+            f" {model.ffn_dim:,} / {tp} = {model.ffn_dim // tp:,}, vocabulary {model.padded_vocab_size:,} / {tp} ="
+            f" {model.padded_vocab_size // tp:,} rows")))
+    if cp > 1:
+        lines.append(("context parallel", (
+            f"{parallel.context_attention} attention over seq_len {config.train.seq_len} / cp {cp} ="
+            f" {derived.attention_columns} positions")))
+    if parallel.is_sequence_parallel:
+        lines.append(("sequence parallel", (
+            f"norms, dropout and residual on seq_len {config.train.seq_len} / cp {cp} / tp {tp} ="
+            f" {derived.residual_columns} positions{'' if parallel.sequence_parallel else ', by default'}")))
+    if parallel.pp > 1:
+        per_rank = f"{parallel.stages_per_rank} per rank{'' if parallel.virtual_stages else ' by default'}"
+        lines.append(("pipeline", (
+            f"{derived.num_stages} stages = pp {parallel.pp} x {per_rank}, schedule {parallel.schedule}, micro-batches"
+            f" a step: {derived.num_micro_batches}")))
+    return lines
+
+
+def _describe_sharding(config: RunConfig, derived: Derived) -> str:
+    parallel = config.parallel
+    where = "; optimizer state in CPU memory" if parallel.offload_optimizer == "cpu" else ""
+    over = f"dp {derived.dp} x cp {parallel.cp} = {derived.dp * parallel.cp}"
+    return f"ZeRO-{parallel.zero_stage} over {over}{where}"
+
+
+def _describe_recompute(config: RunConfig) -> str:
+    train = config.train
+    parts = f" ({', '.join(train.recompute_parts)})" if train.recompute == "selective" else ""
+    every = f", one block in {train.recompute_every}" if train.recompute_every > 1 else ""
+    return f"{train.recompute}{parts}{every}{'; activations in CPU memory' if train.offload_activations else ''}"

@@ -1,5 +1,6 @@
 """The shape of a transformer, and nothing about the machine or the layout that trains it."""
 
+from math import isqrt
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -39,6 +40,9 @@ class ModelConfig(Section):
     rope_theta: Annotated[float, Field(gt=1)] | None = None
     """Base of the rotary wavelengths (llama only). Empty: 10000 (Su et al. 2021); long contexts want more, LLaMA 3
     takes 500000."""
+    window: Count | None = None
+    """Tokens that a query sees, itself and those before it (sliding window: Beltagy et al. 2020, arXiv 2004.05150).
+    Empty, the default: all before it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a feature of the embeddings or of a block's two residual updates is dropped in training. 0:
     pretraining sees each token about once, and has little to overfit."""
@@ -133,7 +137,8 @@ def round_up(value: int, multiple: int) -> int:
 
 def divisors_of(value: int) -> list[int]:
     """All divisors, in rising order."""
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+    small = [divisor for divisor in range(1, isqrt(value) + 1) if value % divisor == 0]
+    return sorted({*small, *(value // divisor for divisor in small)})
 
 
 def divisors(value: int) -> str:

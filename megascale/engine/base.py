@@ -1,15 +1,58 @@
-"""What the training loop and the checkpoint see of an engine: three values and one protocol."""
+"""What the training loop and the checkpoint see of an engine: settings, two values and one protocol."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from megascale.parallel.boxes import Box
 
-Objective = Callable[[torch.nn.Module, object, int], torch.Tensor]
-"""(module, micro-batch, step) -> sum of negative log-likelihoods over its label tokens, in nats, fp32 scalar."""
+Objective = Callable[[object, int], tuple]
+"""(micro-batch, step) -> what the model is called with: (inputs, context, labels) of this rank, on its device.
+
+The model then gives the sum of negative log-likelihoods over those labels, in nats, fp32 scalar. Engines look no
+further into it than this: in a pipeline the first entry gives way to the hidden state received.
+"""
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """This rank's part in a pipeline.
+
+    Attributes:
+        stage_indices: numbers of the stages of this rank, in the order of the model's `stages`.
+        num_stages: of all ranks of the pipeline.
+        schedule: see `ParallelConfig.schedule`.
+        hidden_shape: of the hidden state of a micro-batch on this rank.
+    """
+
+    stage_indices: tuple[int, ...]
+    num_stages: int
+    schedule: str
+    hidden_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine has to know of the config.
+
+    Attributes:
+        zero_stage: what the ranks along dp and cp share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
+            parameters.
+        clip_norm: largest L2 norm of the whole gradient, 0 for none.
+        micro_batch_size: rows of a micro-batch on one replica.
+        num_micro_batches: micro-batches of a step on one replica; a pipeline's schedule is made for this many.
+        pipeline: None for a model that is whole on this rank and its tp and cp peers.
+        offload_optimizer: where masters, moments and the update live besides the device.
+    """
+
+    zero_stage: int
+    clip_norm: float
+    micro_batch_size: int
+    num_micro_batches: int = 1
+    pipeline: PipelineSettings | None = None
+    offload_optimizer: Literal["none", "cpu"] = "none"
 
 
 @dataclass(frozen=True)
@@ -68,8 +111,12 @@ class Engine(Protocol):
             num_tokens: label tokens of the global batch, by which the loss is divided.
         """
 
-    def evaluate(self, batch) -> float:
-        """Sum of negative log-likelihoods in nats over this replica's batch, without dropout."""
+    def evaluate(self, batches: Sequence) -> float:
+        """This rank's share of the batches' sum of negative log-likelihoods in nats, without dropout.
+
+        The shares of all ranks add up to the sum over all replicas' batches: ranks whose peers hold the same loss, or
+        that hold none, give 0.0. Every rank calls it with as many batches as its peers.
+        """
 
     def state_pieces(self) -> Iterator[StatePiece]:
         """The fp32 master weights and optimizer moments that live on this rank."""

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 
 import deepspeed
@@ -11,13 +12,17 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
 from megascale.config.training import PrecisionConfig
-from megascale.engine.base import Engine, Objective
+from megascale.engine.base import Engine, EngineSettings, Objective
 from megascale.engine.ds_config import deepspeed_config
 from megascale.engine.flat_zero import FlatZeroOptimizer
+from megascale.engine.micro_batches import MicroBatchRunner, Runner
+from megascale.engine.pipeline import build_pipeline
 from megascale.engine.precision import TORCH_DTYPE, build_loss_scaler
 from megascale.engine.zero01 import WholeGradientEngine
-from megascale.engine.zero23 import PartitionedGradientEngine
+from megascale.engine.zero23 import PartitionedGradientEngine, mark_counted, model_parallel_unit
+from megascale.errors import LaunchError
 from megascale.parallel.mesh import Mesh
+from megascale.parallel.placement import Placement
 
 
 def build_engine(
@@ -26,53 +31,97 @@ def build_engine(
     objective: Objective,
     mesh: Mesh,
     precision: PrecisionConfig,
-    *,
-    zero_stage: int,
-    clip_norm: float,
-    micro_batch_size: int,
+    settings: EngineSettings,
+    placements: Mapping[torch.nn.Parameter, Placement],
 ) -> Engine:
-    """Puts the model on this rank's device in the run's format and hands it, with its optimizer, to ZeRO.
+    """Puts this rank's part of the model on its device in the run's format and hands it, with its optimizer, to ZeRO.
 
     Args:
-        model: the whole model, equal on every replica, in fp32.
+        model: what this rank holds, in fp32, equal on all ranks of the zero group. Called with what `objective` gives,
+            it returns the loss; in a pipeline it has `stages`, which are called instead.
         optimizer: AdamW over `model`'s parameters; the engine takes it over.
+        placements: where each parameter lies in the whole model, in the model's order.
+
+    Raises:
+        LaunchError: the layout and the ZeRO stage, or the optimizer's offload, don't go together.
     """
-    with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures while it builds
-        return _build(model, optimizer, objective, mesh, precision, zero_stage, clip_norm, micro_batch_size)
-
-
-def _build(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, mesh: Mesh,
-    precision: PrecisionConfig, zero_stage: int, clip_norm: float, micro_batch_size: int,
-) -> Engine:
+    check_settings(settings, mesh)
     connect_deepspeed(mesh)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
     for buffer in model.buffers():
         buffer.data = buffer.data.to(mesh.device)
-    for parameter in names:
-        parameter.data = parameter.data.to(mesh.device if zero_stage < 3 else "cpu", TORCH_DTYPE[precision.dtype])
-    if zero_stage <= 1:
+    for parameter in placements:
+        # ZeRO-3 shares parameters out one by one on their way to the device, which may not have room for all of them.
+        device = mesh.device if settings.zero_stage < 3 else "cpu"
+        parameter.data = parameter.data.to(device, TORCH_DTYPE[precision.dtype])
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures while it builds
+        if settings.zero_stage >= 2:
+            return _build_partitioned(model, optimizer, objective, mesh, precision, settings, placements)
         flat_optimizer = FlatZeroOptimizer(
-            optimizer, names, mesh.dp_group, mesh.dp_group if zero_stage == 1 else mesh.self_group, clip_norm
+            optimizer,
+            placements,
+            reduce_group=mesh.zero_group,
+            partition_group=mesh.zero_group if settings.zero_stage == 1 else mesh.self_group,
+            norm_group=mesh.world_group if settings.zero_stage == 1 else mesh.model_group,
+            clip_norm=settings.clip_norm,
+            is_offloaded=settings.offload_optimizer == "cpu",
         )
-        scaler = build_loss_scaler(
-            precision.dtype, precision.initial_loss_scale_log2, precision.loss_scale_window_steps
-        )
-        return WholeGradientEngine(model, flat_optimizer, names, objective, scaler, mesh)
+    scaler = build_loss_scaler(precision.dtype, precision.initial_loss_scale_log2, precision.loss_scale_window_steps)
+    runner = build_runner(model, objective, mesh, precision, settings, flat_optimizer)
+    return WholeGradientEngine(flat_optimizer, placements, runner, scaler, mesh)
+
+
+def build_runner(
+    model: torch.nn.Module, objective: Objective, mesh: Mesh, precision: PrecisionConfig, settings: EngineSettings,
+    optimizer: FlatZeroOptimizer,
+) -> Runner:
+    """What runs forward and backward: the model by itself, or its stages in a pipeline."""
+    pipeline = settings.pipeline
+    if pipeline is None:
+        return MicroBatchRunner(model, objective, mesh.device)
+    return build_pipeline(
+        model.stages, pipeline.stage_indices, pipeline.num_stages, pipeline.schedule, settings.num_micro_batches,
+        pipeline.hidden_shape, TORCH_DTYPE[precision.dtype], mesh.device, mesh.pp, objective, optimizer.add_gradient,
+    )
+
+
+def _build_partitioned(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, mesh: Mesh,
+    precision: PrecisionConfig, settings: EngineSettings, placements: Mapping[torch.nn.Parameter, Placement],
+) -> Engine:
     config = deepspeed_config(
-        zero_stage=zero_stage,
+        zero_stage=settings.zero_stage,
         dtype=precision.dtype,
-        clip_norm=clip_norm,
-        micro_batch_size=micro_batch_size,
+        clip_norm=settings.clip_norm,
+        micro_batch_size=settings.micro_batch_size,
         initial_loss_scale_log2=precision.initial_loss_scale_log2,
         loss_scale_window_steps=precision.loss_scale_window_steps,
+        is_offloaded=settings.offload_optimizer == "cpu",
+        pins_memory=mesh.device.type == "cuda",
     )
-    if zero_stage == 3:
-        # Shares the parameters out one by one on their way to the device, which may not have room for all of them.
-        deepspeed.zero.Init(module=model, config_dict_or_path=config)
-    ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    return PartitionedGradientEngine(ds_engine, zero_stage, names, shapes, objective, mesh)
+    mark_counted(placements)
+    unit = model_parallel_unit(mesh)
+    if settings.zero_stage == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, data_parallel_group=mesh.zero_group, mpu=unit)
+    ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=unit)
+    return PartitionedGradientEngine(ds_engine, settings.zero_stage, placements, objective, mesh)
+
+
+def check_settings(settings: EngineSettings, mesh: Mesh) -> None:
+    """Refuses what can't be made right, for callers that didn't come through `megascale check`.
+
+    Raises:
+        LaunchError: with the reason and what would work.
+    """
+    stage = settings.zero_stage
+    if stage >= 2 and mesh.pp.size > 1:
+        raise LaunchError(
+            f"zero_stage {stage} with pp {mesh.pp.size}: ZeRO-{stage} reduces gradients in every micro-batch, of which"
+            " a pipeline has many in flight, each through another part of the model; use zero_stage 0 or 1, or pp 1"
+        )
+    if (mesh.pp.size > 1) != (settings.pipeline is not None):
+        raise LaunchError(
+            f"pp {mesh.pp.size} with{'' if settings.pipeline else 'out'} pipeline settings: they go with pp > 1 only"
+        )
 
 
 def connect_deepspeed(mesh: Mesh) -> None:

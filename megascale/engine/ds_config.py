@@ -9,12 +9,18 @@ from typing import Any
 
 def deepspeed_config(
     *, zero_stage: int, dtype: str, clip_norm: float, micro_batch_size: int, initial_loss_scale_log2: int,
-    loss_scale_window_steps: int,
+    loss_scale_window_steps: int, is_offloaded: bool = False, pins_memory: bool = False,
 ) -> dict[str, Any]:
     """DeepSpeed's config for ZeRO-2 and ZeRO-3 with fp32 masters, accumulation and communication of gradients.
 
-    Accumulation is unmanaged: the engine is given any number of backward passes and then one step.
+    Accumulation is unmanaged: the engine is given any number of backward passes and then one step. Offloaded state is
+    updated by the optimizer that was given; DeepSpeed would rather have its own, which is compiled at the first start.
+
+    Args:
+        is_offloaded: whether masters, moments and the update live in CPU memory.
+        pins_memory: whether that memory is page-locked, for a GPU to read without a detour.
     """
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": pins_memory}} if is_offloaded else {}
     precision: dict[str, Any] = {}
     if dtype == "bf16":
         precision["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -31,7 +37,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": clip_norm,
-        "zero_optimization": {"stage": zero_stage, "contiguous_gradients": True, "reduce_scatter": True},
+        "zero_optimization": {"stage": zero_stage, "contiguous_gradients": True, "reduce_scatter": True} | offload,
+        "zero_force_ds_cpu_optimizer": False,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,

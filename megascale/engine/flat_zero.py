@@ -10,7 +10,7 @@ fp32 master and moments of this rank's partition. Three things differ here:
   takes a spurious first step in bf16 and reports no gradient norm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from types import SimpleNamespace
 
@@ -18,99 +18,125 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from megascale.engine.flat_ranges import flat_order, ranges_within, summed_runs
 from megascale.engine.fragments import init_adam_state
+from megascale.parallel.placement import Placement
 
 NORM_PIECE_ELEMENTS = 4096
-FINITE = -1
-"""In place of a parameter's index: its gradients are all finite."""
 
 
 class FlatZeroOptimizer(BF16_Optimizer):
     """ZeRO-0 or ZeRO-1 over flat parameter groups.
 
     Args:
-        optimizer: AdamW over the model's parameters, which this optimizer takes over.
-        names: name of each parameter.
+        optimizer: AdamW over the model's parameters, which this optimizer takes over. Groups may be empty, but all
+            ranks have equally many.
+        placements: where each parameter lies in the whole model.
         reduce_group: ranks over which gradients are summed.
         partition_group: ranks that share out optimizer state: `reduce_group` for ZeRO-1, this rank alone for ZeRO-0.
+        norm_group: ranks whose counted gradients together are the whole model's.
         clip_norm: largest gradient norm, 0 for none.
+        is_offloaded: whether masters, moments and the update live in CPU memory.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        names: dict[torch.nn.Parameter, str],
+        placements: Mapping[torch.nn.Parameter, Placement],
         reduce_group: dist.ProcessGroup,
         partition_group: dist.ProcessGroup,
+        norm_group: dist.ProcessGroup,
         clip_norm: float,
+        is_offloaded: bool = False,
     ):
-        self.is_fp32 = next(iter(names)).dtype == torch.float32
-        self.reduce_group = reduce_group
+        example = next(iter(placements))
+        self.dtype, self.device = example.dtype, example.device
+        self.is_fp32, self.is_offloaded = self.dtype == torch.float32, is_offloaded
+        self.placements, self.reduce_group = placements, reduce_group
+        for group in optimizer.param_groups:
+            order = flat_order([placements[parameter] for parameter in group["params"]])
+            group["params"] = [group["params"][index] for index in order]
         super().__init__(
             optimizer,
-            names,
+            {parameter: placement.name for parameter, placement in placements.items()},
             bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=not self.is_fp32),
             clip_grad=clip_norm,
             dp_process_group=partition_group,
             grad_acc_dtype=torch.float32,
         )
         self.is_partitioned = dist.get_world_size(partition_group) > 1
-        self.parameters = [parameter for group in self.bf16_groups for parameter in group]
-        self.largest_gradients: torch.Tensor | None = None
+        if dist.get_world_size(norm_group) > 1:
+            self.mpu = SimpleNamespace(get_model_parallel_group=lambda: norm_group)
+        self.reduced = list(self.fp32_groups_gradient_flat_partition)
         if self.is_partitioned:
-            self.mpu = SimpleNamespace(get_model_parallel_group=lambda: reduce_group)
-            self.fp32_groups_gradient_flat_partition = [
-                torch.empty_like(part) for part in self.fp32_groups_gradient_flat_partition
-            ]
+            self.reduced = [torch.empty_like(part) for part in self.reduced]
+        self.fp32_groups_gradient_flat_partition = [self._on_host(part) for part in self.reduced]
+        self._plan_sums_and_norm()
         if self.is_fp32:
             self._accumulate_in_place()
+        if is_offloaded:
+            optimizer.register_step_pre_hook(self._bring_gradients)
         init_adam_state(optimizer, self.fp32_groups_flat_partition)
         self._lazy_init_hp_params_optimizer_state()
+
+    def add_gradient(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Adds to a parameter's fp32 gradient what a pipeline schedule computed later than autograd's pass."""
+        self.main_gradients[parameter].add_(gradient)
 
     def reduce_gradients(self, unscale: float) -> None:
         """Sums gradients over the replicas into this rank's partition and multiplies them by `unscale`.
 
-        Cost: 4 bytes x parameters x (n-1)/n sent by each rank (reduce-scatter), twice that for ZeRO-0 (all-reduce).
+        What each rank of an axis has only a part of is summed over that axis first, in place: afterwards the flat
+        buffers of a pipeline's two ends are cut up differently.
+
+        Cost: 4 bytes x parameters x (n-1)/n sent by each rank (reduce-scatter), twice that for ZeRO-0 (all-reduce);
+        for partial gradients 8 bytes x parameters x (n-1)/n over the axis more.
         """
-        self.largest_gradients = None
-        wholes, partitions = self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition
+        self.largest = self._largest_gradients(self.noted_early)
+        starts_sum = dist.get_world_size(self.reduce_group) > 1
+        partial_sums = [
+            [dist.all_reduce(run, group=axis.group, async_op=True) for axis, run in runs] for runs in self.partial_runs
+        ]
         waits: list[Callable[[], object]] = []
-        if self.is_partitioned:
-            pairs = zip(wholes, partitions, strict=True)
-            waits = [start_reduce_scatter(whole, partition, self.reduce_group) for whole, partition in pairs]
-        elif dist.get_world_size(self.reduce_group) > 1:
-            self._note_largest_gradients()  # the sum takes the place of this rank's own gradients
-            waits = [dist.all_reduce(whole, group=self.reduce_group, async_op=True).wait for whole in wholes]
+        for whole, partition, sums in zip(self.fp32_groups_gradients_flat, self.reduced, partial_sums, strict=True):
+            for partial_sum in sums:
+                partial_sum.wait()
+            if self.is_partitioned:
+                waits.append(start_reduce_scatter(whole, partition, self.reduce_group))
+            elif starts_sum:
+                waits.append(dist.all_reduce(whole, group=self.reduce_group, async_op=True).wait)
         for wait in waits:
             wait()
         if unscale != 1.0:
-            for partition in partitions:
+            for partition in self.reduced:
                 partition.mul_(unscale)
 
     def get_grads_for_norm(self, for_clipping: bool = False):
         """This rank's partitions, or their norms piece by piece: all ranks' together have the whole gradient's norm.
 
-        Piece by piece, since one fp32 sum over millions of squares loses the last digits.
+        Piece by piece, since one fp32 sum over millions of squares loses the last digits. What another rank counts is
+        worth nothing here, unless it isn't finite (0 x inf = NaN): then every rank must skip the step.
         """
-        partitions = list(self.fp32_groups_gradient_flat_partition)
-        return partitions if for_clipping else ([piece_norms(partition) for partition in partitions], {})
+        if for_clipping:
+            return list(self.reduced)
+        return [piece_norms(part) for part in self.counted] + [0.0 * piece_norms(part) for part in self.uncounted], {}
 
     def clear_hp_grads(self) -> None:
         """Zeroes the gradients; after an overflow, notes first how large this rank's own were."""
-        if self.overflow and self.largest_gradients is None:
-            self._note_largest_gradients()
+        if self.overflow:
+            self.largest |= self._largest_gradients([i for i in range(len(self.parameters)) if i not in self.largest])
         for whole in self.fp32_groups_gradients_flat:
             whole.zero_()
 
-    def first_nonfinite(self) -> int:
-        """Index in `parameters` of the first whose gradient on this rank wasn't finite in a skipped step, or -1."""
-        bad = (~torch.isfinite(self.largest_gradients)).nonzero()
-        return int(bad[0]) if len(bad) else FINITE
+    def first_nonfinite(self) -> str | None:
+        """Name of the first parameter whose gradient on this rank wasn't finite in a skipped step."""
+        bad = [index for index, largest in sorted(self.largest.items()) if not torch.isfinite(largest)]
+        return self.placements[self.parameters[bad[0]]].name if bad else None
 
     def update_lp_params(self) -> None:
         """Casts the masters to parameters where they are two things, and gathers all partitions on every rank."""
         partitions = [group[self.dp_rank] for group in self.bf16_partitioned_groups]
-        if not self.is_fp32:
+        if not self.is_fp32 or self.is_offloaded:
             for partition, master in zip(partitions, self.fp32_groups_flat_partition, strict=True):
                 partition.copy_(master)
         if self.is_partitioned:
@@ -122,25 +148,71 @@ class FlatZeroOptimizer(BF16_Optimizer):
                 gather.wait()
 
     def _link_all_hp_params(self) -> None:
-        if self.is_fp32:
-            self._use_parameters_as_masters()
-        super()._link_all_hp_params()
-
-    def _use_parameters_as_masters(self) -> None:
         for index, partitions in enumerate(self.bf16_partitioned_groups):
-            master = partitions[self.dp_rank].detach().requires_grad_()
+            master = self.fp32_groups_flat_partition[index]
+            if self.is_fp32 and not self.is_offloaded:
+                master = partitions[self.dp_rank]
+            master = self._on_host(master.detach()).requires_grad_()
             self.fp32_groups_flat_partition[index] = master
             self.optimizer.param_groups[index]["params"] = [master]
+        super()._link_all_hp_params()
+
+    def _plan_sums_and_norm(self) -> None:
+        """Finds, once, the parts of the gradient buffers that are summed over an axis, counted, and noted early."""
+        self.parameters = [parameter for group in self.bf16_groups for parameter in group]
+        gradients = [gradient for group in self.fp32_groups_gradients for gradient in group]
+        self.main_gradients = {
+            parameter: gradient.view_as(parameter)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True)
+        }
+        self.partial_runs, self.counted, self.uncounted = [], [], []
+        for parameters, whole, part in zip(
+            self.bf16_groups, self.fp32_groups_gradients_flat, self.reduced, strict=True
+        ):
+            placements = [self.placements[parameter] for parameter in parameters]
+            self.partial_runs.append([(axis, whole[slice(*run)]) for axis, run in summed_runs(placements)])
+            start = self.dp_rank * len(part)
+            for parts, is_counted in ((self.counted, True), (self.uncounted, False)):
+                ranges = ranges_within(placements, (start, start + len(part)), is_counted=is_counted)
+                parts.extend(part[slice(*within)] for within in ranges)
+        self.counted = self.counted or [self.reduced[0][:0]]
+        sums_in_place = not self.is_partitioned and dist.get_world_size(self.reduce_group) > 1
+        self.noted_early = [
+            index for index, parameter in enumerate(self.parameters)
+            if sums_in_place or self.placements[parameter].partial_over.size > 1
+        ]
+        self.largest: dict[int, torch.Tensor] = {}
 
     def _accumulate_in_place(self) -> None:
-        for parameters, gradients in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient.view_as(parameter)
+        for parameter, gradient in self.main_gradients.items():
+            parameter.grad = gradient
 
-    def _note_largest_gradients(self) -> None:
-        """Notes the largest magnitude in each parameter's gradient, NaN where one is NaN, without waiting for it."""
-        gradients = [gradient for group in self.fp32_groups_gradients for gradient in group]
-        self.largest_gradients = torch.stack([torch.linalg.vector_norm(gradient, inf) for gradient in gradients])
+    def _largest_gradients(self, indices: Sequence[int]) -> dict[int, torch.Tensor]:
+        """The largest magnitude in some parameters' gradients, NaN where one is NaN, without waiting for it.
+
+        Noted before a sum takes the place of this rank's own gradients.
+        """
+        if not indices:
+            return {}
+        gradients = [self.main_gradients[self.parameters[index]] for index in indices]
+        return dict(zip(indices, torch._foreach_norm(gradients, inf), strict=True))
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, or with offload a copy in CPU memory, from which a GPU reads without a detour."""
+        if not self.is_offloaded:
+            return tensor
+        return torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda").copy_(tensor)
+
+    def _bring_gradients(self, *_) -> None:
+        """With offload, copies the clipped gradients to where AdamW is about to use them; a skipped step has none."""
+        for host, reduced in zip(self.fp32_groups_gradient_flat_partition, self.reduced, strict=True):
+            host.copy_(reduced)
+
+    def _flatten_dense_tensors_aligned(self, tensors: list[torch.Tensor], alignment: int) -> torch.Tensor:
+        """Also of no tensors: a pipeline stage without norms has an empty group, of padding only."""
+        if not tensors:
+            return torch.zeros(alignment, dtype=self.dtype, device=self.device)
+        return super()._flatten_dense_tensors_aligned(tensors, alignment)
 
 
 def piece_norms(flat: torch.Tensor) -> torch.Tensor:

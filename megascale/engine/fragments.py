@@ -4,12 +4,14 @@ DeepSpeed flattens each parameter group and gives every rank one range of it. It
 part that lives here to views of the master weight and the moments.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from operator import add
 
 import torch
 
 from megascale.engine.base import StatePiece
-from megascale.parallel.boxes import boxes_of_flat_range
+from megascale.parallel.boxes import Box, boxes_of_flat_range
+from megascale.parallel.placement import Placement
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,38 +27,42 @@ def init_adam_state(optimizer: torch.optim.Optimizer, partitions: Iterable[torch
 
 
 def linked_pieces(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], owner_rank: int, num_owners: int
+    placements: Mapping[torch.nn.Parameter, Placement], share: int, num_shares: int
 ) -> Iterator[StatePiece]:
     """Pieces of parameters whose optimizer keeps them linked (ZeRO 0, 1, 2).
 
     Args:
-        owner_rank, num_owners: which share of each range this rank writes, where several ranks hold the same one; 0 of
-            1 where the ranges are disjoint.
+        share, num_shares: which share of each range this rank writes, where several ranks hold the same one; 0 of 1
+            where the ranges are disjoint.
     """
-    for name, parameter in named_parameters:
+    for parameter, placement in placements.items():
         fragment = parameter._hp_mapping
         if fragment is None:
             continue
         states = {"master": fragment.hp_fragment, **{key: fragment.optim_fragment[key] for key in MOMENTS}}
-        start, numel = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
-        yield from flat_pieces(name, parameter.shape, start, numel, states, owner_rank, num_owners)
+        address = fragment.lp_fragment_address
+        yield from flat_pieces(placement, address.start, address.numel, states, share, num_shares)
 
 
 def flat_pieces(
-    name: str,
-    shape: tuple[int, ...],
-    start: int,
-    numel: int,
-    states: dict[str, torch.Tensor],
-    owner_rank: int = 0,
-    num_owners: int = 1,
+    placement: Placement, start: int, numel: int, states: dict[str, torch.Tensor], share: int = 0, num_shares: int = 1
 ) -> Iterator[StatePiece]:
-    """Pieces of the flat range [start, start + numel) of one parameter, one per box and kind of state."""
-    for share in range(num_owners):
-        share_start, share_stop = (start + numel * edge // num_owners for edge in (share, share + 1))
-        offset = share_start - start
-        for box in boxes_of_flat_range(tuple(shape), share_start, share_stop):
+    """Pieces of the flat range [start, start + numel) of one parameter, one per box and kind of state.
+
+    The range counts elements of this rank's part; its boxes are shifted to where that part lies in the whole.
+    """
+    name, origin = placement.name, placement.box.starts
+    for number in range(num_shares):
+        share_start, share_stop = (start + numel * edge // num_shares for edge in (number, number + 1))
+        is_owner, offset = placement.is_counted and number == share, share_start - start
+        for box in boxes_of_flat_range(placement.box.shape, share_start, share_stop):
             for kind, values in states.items():
                 piece = values.detach()[offset : offset + box.numel]
-                yield StatePiece(f"{kind}/{name}", tuple(shape), box, piece, is_owner=share == owner_rank)
+                yield StatePiece(f"{kind}/{name}", placement.global_shape, shift_box(box, origin), piece, is_owner)
             offset += box.numel
+
+
+def shift_box(box: Box, origin: tuple[int, ...]) -> Box:
+    """The box as seen from outside, for one told relative to `origin`."""
+    starts, stops = (tuple(map(add, edges, origin)) for edges in (box.starts, box.stops))
+    return Box(starts, stops)

@@ -2,59 +2,83 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from megascale.engine.base import Objective, StepOutput
-from megascale.engine.flat_zero import FINITE
 from megascale.engine.precision import MIN_LOSS_SCALE
 from megascale.parallel.mesh import Mesh
 
-NO_FAULT, LOSS_FAULT, FIRST_GRADIENT_FAULT = 0, 1, 2
+FAULT_BYTES = 256
+"""Room for one rank's fault, as text: on other ranks its parameters have other names."""
 
 
-def run_micro_batches(
-    module: torch.nn.Module,
-    micro_batches: Sequence,
-    objective: Objective,
-    step: int,
-    scale: float,
-    device: torch.device,
-    backward: Callable[[torch.Tensor], None],
-) -> torch.Tensor:
-    """Accumulates the gradient of `scale` x (sum of losses) over the micro-batches.
+class Runner(Protocol):
+    """Runs forward and backward of micro-batches on this rank, alone or as a part of a pipeline."""
 
-    A loss that isn't finite makes its gradient so too (inf x 0 = NaN), so that the check of the gradient norm, which
-    every rank sees, covers both.
+    def run(self, micro_batches: Sequence, step: int, scale: float) -> torch.Tensor:
+        """Accumulates the gradient of `scale` x (sum of losses) over the micro-batches.
 
-    Returns:
-        Sum of negative log-likelihoods in nats over this rank's label tokens, fp32 scalar on the device.
+        Returns:
+            Sum of negative log-likelihoods in nats over this rank's label tokens, fp32 scalar on the device; equal on
+            all tp ranks, zero where the last stage isn't.
+        """
+
+    def evaluate(self, batches: Sequence) -> float:
+        """The same sum over whole batches without gradients and dropout."""
+
+
+@dataclass(frozen=True)
+class MicroBatchRunner:
+    """One micro-batch after the other through a model that is whole on this rank and its tp and cp peers.
+
+    Attributes:
+        backward: turns a loss around; DeepSpeed's engine wants its own.
     """
-    total = torch.zeros((), device=device)
-    for micro_batch in micro_batches:
-        loss = objective(module, micro_batch.to(device), step)
-        total += loss.detach()
-        backward(loss * (scale * (1.0 + 0.0 * loss.detach())))
-    return total
+
+    module: torch.nn.Module
+    objective: Objective
+    device: torch.device
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+
+    def run(self, micro_batches: Sequence, step: int, scale: float) -> torch.Tensor:
+        """A loss that isn't finite makes its gradient so too (inf x 0 = NaN), so that the check of the gradient norm,
+        which every rank sees, covers both.
+        """
+        total = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches:
+            loss = self.module(*self.objective(micro_batch.to(self.device), step))
+            total += loss.detach()
+            self.backward(loss * (scale * (1.0 + 0.0 * loss.detach())))
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence) -> float:
+        """Waits for the device once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.module.eval()  # here, once a pass, and not in each step: setting the mode visits every module
+        for batch in batches:
+            total += self.module(*self.objective(batch.to(self.device), 0))
+        self.module.train()
+        return total.item()
 
 
-@torch.no_grad()
-def evaluate_batch(module: torch.nn.Module, batch, objective: Objective, device: torch.device) -> float:
-    """Sum of negative log-likelihoods in nats over a batch, without dropout."""
-    module.eval()
-    loss = objective(module, batch.to(device), 0).item()
-    module.train()  # here, once a batch, and not in each step: setting the mode visits every module
-    return loss
+def own_share(loss: float, mesh: Mesh) -> float:
+    """This rank's share of a loss that all its tp peers hold too: all of it on the first of them, nothing on others."""
+    return loss if mesh.tp.rank == 0 else 0.0
 
 
 class LossSum:
-    """The loss summed over the replicas, on its way while the gradients are reduced and the update runs.
+    """The loss summed over the ranks that hold parts of it, on its way while gradients are reduced and the update runs.
 
     Nothing waits for the device before `mean` is asked for.
 
     Args:
         own: this rank's part of the sum.
+        group: `Mesh.loss_group`.
     """
 
     def __init__(self, own: torch.Tensor, group: dist.ProcessGroup):
@@ -101,18 +125,19 @@ def describe_step(
     )
 
 
-def gather_faults(mesh: Mesh, own_loss_is_finite: bool, bad_parameter: int, names: Sequence[str]) -> tuple[str, ...]:
+def gather_faults(mesh: Mesh, own_loss_is_finite: bool, bad_parameter: str | None) -> tuple[str, ...]:
     """Tells every rank what wasn't finite on which rank.
 
     Args:
-        bad_parameter: index in `names` of this rank's first parameter with a bad gradient, or FINITE.
+        bad_parameter: name of this rank's first parameter with a bad gradient, None where all are finite.
+
+    Cost: one all-gather of 256 bytes a rank on CPU, in skipped steps only.
     """
-    own = NO_FAULT if bad_parameter == FINITE else FIRST_GRADIENT_FAULT + bad_parameter
-    own = own if own_loss_is_finite else LOSS_FAULT
-    faults = []
-    for rank, code in enumerate(mesh.control_gather(own)):
-        if code == LOSS_FAULT:
-            faults.append(f"rank {rank}: loss")
-        elif code >= FIRST_GRADIENT_FAULT:
-            faults.append(f"rank {rank}: gradient of {names[code - FIRST_GRADIENT_FAULT]}")
-    return tuple(faults) or ("the gradient norm, though each rank's own gradient is finite: their sum overflows",)
+    own = "" if bad_parameter is None else f"gradient of {bad_parameter}"
+    own = own if own_loss_is_finite else "loss"
+    row = own.encode()[:FAULT_BYTES].ljust(FAULT_BYTES, b"\0")
+    rows = torch.empty(mesh.world_size, FAULT_BYTES, dtype=torch.uint8)
+    dist.all_gather(list(rows.unbind()), torch.tensor(list(row), dtype=torch.uint8), group=mesh.control_group)
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+    faults = tuple(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+    return faults or ("the gradient norm, though each rank's own gradient is finite: their sum overflows",)

@@ -1,43 +1,43 @@
 """The engine of ZeRO-0 and ZeRO-1: every rank has whole parameters and gradients; optimizer state may be shared out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
-from megascale.engine.base import Objective, StatePiece, StepOutput
+from megascale.engine.base import StatePiece, StepOutput
 from megascale.engine.flat_zero import FlatZeroOptimizer
 from megascale.engine.fragments import linked_pieces
-from megascale.engine.micro_batches import LossSum, describe_step, evaluate_batch, gather_faults, run_micro_batches
+from megascale.engine.micro_batches import LossSum, Runner, describe_step, gather_faults, own_share
 from megascale.engine.precision import restore_scaler, scaler_values
 from megascale.parallel.mesh import Mesh
+from megascale.parallel.placement import Placement
 
 
 class WholeGradientEngine:
-    """Runs the model directly and lets `FlatZeroOptimizer` reduce, clip, update and gather.
+    """Lets a runner do forward and backward, and `FlatZeroOptimizer` reduce, clip, update and gather.
 
     Args:
-        names: name of each parameter, in the model's order.
+        placements: where each parameter lies in the whole model, in the model's order.
+        runner: runs this rank's part of the model, alone or in a pipeline.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
         optimizer: FlatZeroOptimizer,
-        names: dict[torch.nn.Parameter, str],
-        objective: Objective,
+        placements: Mapping[torch.nn.Parameter, Placement],
+        runner: Runner,
         scaler: LossScalerBase,
         mesh: Mesh,
     ):
-        self.model, self.optimizer, self.names = model, optimizer, names
-        self.objective, self.scaler, self.mesh = objective, scaler, mesh
+        self.optimizer, self.placements, self.runner = optimizer, placements, runner
+        self.scaler, self.mesh = scaler, mesh
 
     def train_step(self, micro_batches: Sequence, *, step: int, num_tokens: int, learning_rate: float) -> StepOutput:
         scale = self.scaler.loss_scale
-        own_loss = run_micro_batches(
-            self.model, micro_batches, self.objective, step, scale / num_tokens, self.mesh.device, torch.Tensor.backward
-        )
-        loss_sum = LossSum(own_loss, self.mesh.dp_group)
+        own_loss = self.runner.run(micro_batches, step, scale / num_tokens)
+        loss_sum = LossSum(own_loss, self.mesh.loss_group)
         self.optimizer.reduce_gradients(unscale=1.0 / scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -49,14 +49,14 @@ class WholeGradientEngine:
         self.scaler.update_scale(output.is_overflow)
         return output
 
-    def evaluate(self, batch) -> float:
-        return evaluate_batch(self.model, batch, self.objective, self.mesh.device)
+    def evaluate(self, batches: Sequence) -> float:
+        return own_share(self.runner.evaluate(batches), self.mesh)
 
     def state_pieces(self) -> Iterator[StatePiece]:
-        named = [(name, parameter) for parameter, name in self.names.items()]
         if self.optimizer.is_partitioned:
-            return linked_pieces(named, owner_rank=0, num_owners=1)
-        return linked_pieces(named, self.mesh.dp_rank, self.mesh.layout.dp)
+            return linked_pieces(self.placements, share=0, num_shares=1)
+        group = self.mesh.zero_group
+        return linked_pieces(self.placements, dist.get_rank(group), dist.get_world_size(group))
 
     def scalars(self) -> dict[str, float]:
         state = self.optimizer.state[self.optimizer.fp32_groups_flat_partition[0]]
@@ -70,5 +70,4 @@ class WholeGradientEngine:
             self.optimizer.update_lp_params()
 
     def _faults(self, own_loss_is_finite: bool) -> tuple[str, ...]:
-        names = [self.names[parameter] for parameter in self.optimizer.parameters]
-        return gather_faults(self.mesh, own_loss_is_finite, self.optimizer.first_nonfinite(), names)
+        return gather_faults(self.mesh, own_loss_is_finite, self.optimizer.first_nonfinite())

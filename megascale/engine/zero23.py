@@ -1,21 +1,20 @@
 """The engine of ZeRO-2 and ZeRO-3: DeepSpeed's own engine, which shares out gradients and parameters too."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from megascale.engine.base import Objective, StatePiece, StepOutput
-from megascale.engine.flat_zero import FINITE
 from megascale.engine.fragments import MOMENTS, flat_pieces, init_adam_state, linked_pieces
-from megascale.engine.micro_batches import (
-    LossSum,
-    describe_step,
-    evaluate_batch,
-    gather_faults,
-    run_micro_batches,
-)
+from megascale.engine.micro_batches import LossSum, MicroBatchRunner, describe_step, gather_faults, own_share
 from megascale.engine.precision import restore_scaler, scaler_values
+from megascale.parallel.axis import Axis
+from megascale.parallel.collectives import start_all_reduce
 from megascale.parallel.mesh import Mesh
+from megascale.parallel.placement import Placement
 
 
 class PartitionedGradientEngine:
@@ -23,27 +22,28 @@ class PartitionedGradientEngine:
 
     Args:
         ds_engine: what `deepspeed.initialize` returned.
-        names: name of each parameter, in the model's order.
-        shapes: whole shape of each parameter by name; under ZeRO-3 a parameter itself is empty between uses.
+        placements: where each parameter lies in the whole model, in the model's order. Under ZeRO-3 a parameter
+            itself is empty between uses.
     """
 
     def __init__(
         self,
         ds_engine,
         zero_stage: int,
-        names: dict[torch.nn.Parameter, str],
-        shapes: dict[str, tuple[int, ...]],
+        placements: Mapping[torch.nn.Parameter, Placement],
         objective: Objective,
         mesh: Mesh,
     ):
         self.ds_engine, self.zero = ds_engine, ds_engine.optimizer
-        self.zero_stage, self.names, self.shapes = zero_stage, names, shapes
-        self.objective, self.mesh = objective, mesh
+        self.zero_stage, self.placements, self.mesh = zero_stage, placements, mesh
+        self.runner = MicroBatchRunner(ds_engine, objective, mesh.device, ds_engine.backward)
         self.scaler = self.zero.loss_scaler
         if self.scaler.dynamic:
             self.scaler.raise_error_at_min_scale = False
-        self.bad_parameters = torch.zeros(len(names), dtype=torch.bool, device=mesh.device)
+        self.bad_parameters = torch.zeros(len(placements), dtype=torch.bool, device=mesh.device)
         self._watch_gradients()
+        if mesh.tp.size > 1 and not self.scaler.dynamic:
+            self._check_uncounted_gradients()
         init_adam_state(self.zero.optimizer, self._partitions())
         if zero_stage == 2:
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -51,12 +51,9 @@ class PartitionedGradientEngine:
     def train_step(self, micro_batches: Sequence, *, step: int, num_tokens: int, learning_rate: float) -> StepOutput:
         scale = float(self.zero.loss_scale)
         self.bad_parameters.zero_()
-        # DeepSpeed averages gradients over the replicas; times dp it is the sum that the mean per token needs.
-        own_loss = run_micro_batches(
-            self.ds_engine, micro_batches, self.objective, step, self.mesh.layout.dp / num_tokens, self.mesh.device,
-            self.ds_engine.backward,
-        )
-        loss_sum = LossSum(own_loss, self.mesh.dp_group)
+        # DeepSpeed averages gradients over its group; times its size it is the sum that the mean per token needs.
+        own_loss = self.runner.run(micro_batches, step, dist.get_world_size(self.mesh.zero_group) / num_tokens)
+        loss_sum = LossSum(own_loss, self.mesh.loss_group)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.ds_engine.step()
@@ -65,12 +62,12 @@ class PartitionedGradientEngine:
             self._faults,
         )
 
-    def evaluate(self, batch) -> float:
-        return evaluate_batch(self.ds_engine, batch, self.objective, self.mesh.device)
+    def evaluate(self, batches: Sequence) -> float:
+        return own_share(self.runner.evaluate(batches), self.mesh)
 
     def state_pieces(self) -> Iterator[StatePiece]:
         if self.zero_stage == 2:
-            return linked_pieces([(name, p) for p, name in self.names.items()], owner_rank=0, num_owners=1)
+            return linked_pieces(self.placements, share=0, num_shares=1)
         return self._stage3_pieces()
 
     def scalars(self) -> dict[str, float]:
@@ -89,16 +86,17 @@ class PartitionedGradientEngine:
         return self.zero.single_partition_of_fp32_groups if stage2 else self.zero.fp32_partitioned_groups_flat
 
     def _stage3_pieces(self) -> Iterator[StatePiece]:
-        """Under ZeRO-3 each parameter is cut into dp equal ranges, the last one padded."""
-        for parameter, name in self.names.items():
+        """Under ZeRO-3 each parameter is cut into equal ranges, one a rank of the zero group, the last one padded."""
+        rank = dist.get_rank(self.mesh.zero_group)
+        for parameter, placement in self.placements.items():
             group, offset, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            start = padded * self.mesh.dp_rank
+            start = padded * rank
             numel = max(0, min(padded, parameter.ds_numel - start))
             master = self.zero.fp32_partitioned_groups_flat[group]
             moments = self.zero.optimizer.state[master]
             states = {"master": master, **{key: moments[key] for key in MOMENTS}}
             local = {kind: values.detach()[offset : offset + numel] for kind, values in states.items()}
-            yield from flat_pieces(name, self.shapes[name], start, numel, local)
+            yield from flat_pieces(placement, start, numel, local)
 
     def _refresh_parameters(self) -> None:
         if self.zero_stage == 2:
@@ -113,15 +111,70 @@ class PartitionedGradientEngine:
     def _watch_gradients(self) -> None:
         """Remembers on the device, without waiting for it, which parameters met a bad gradient on this rank.
 
-        DeepSpeed reduces gradients during the backward pass, so afterwards nobody could say whose it was.
+        DeepSpeed reduces gradients during the backward pass, so afterwards nobody could say whose it was. What each
+        rank of an axis has only a part of is then summed over it. Both are tensor hooks, in this order: they see the
+        gradient before it is accumulated, and DeepSpeed's own hooks run after that.
         """
-        for index, parameter in enumerate(self.names):
-            parameter.register_hook(lambda gradient, index=index: self._note(gradient, index))
+        for index, (parameter, placement) in enumerate(self.placements.items()):
+            parameter.register_hook(partial(self._note, index=index))
+            if placement.partial_over.size > 1:
+                parameter.register_hook(partial(sum_over, axis=placement.partial_over))
+
+    def _check_uncounted_gradients(self) -> None:
+        """Makes DeepSpeed look for bad values on all tp ranks in fp32 and bf16 too, as it does in fp16.
+
+        Otherwise it only looks at the norm, and not every tp rank's copy of a parameter counts in that: one that met a
+        bad value on its own would train on apart from its peers.
+
+        Cost: a pass over this rank's gradients and a wait for the device, once a step.
+        """
+        if self.zero_stage == 2:
+            self.zero.check_grad_overflow = True
+        else:
+            self.zero._overflow_check_and_loss_scale_update = lambda update_scale: self.zero.check_overflow()
 
     def _note(self, gradient: torch.Tensor, index: int) -> None:
         self.bad_parameters[index] |= ~torch.isfinite(gradient).all()
 
     def _faults(self, own_loss_is_finite: bool) -> tuple[str, ...]:
         bad = self.bad_parameters.nonzero()
-        return gather_faults(self.mesh, own_loss_is_finite, int(bad[0]) if len(bad) else FINITE,
-                             list(self.names.values()))
+        names = [placement.name for placement in self.placements.values()]
+        return gather_faults(self.mesh, own_loss_is_finite, names[int(bad[0])] if len(bad) else None)
+
+
+def sum_over(gradient: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """A gradient summed over an axis in fp32.
+
+    Cost: 8 bytes x elements x (n-1)/n sent by each rank, in every micro-batch: DeepSpeed reduces in each of them too.
+    """
+    return start_all_reduce(gradient.float(), axis)().to(gradient.dtype)
+
+
+def mark_counted(placements: Mapping[torch.nn.Parameter, Placement]) -> None:
+    """Marks for DeepSpeed's gradient norm what this rank counts.
+
+    DeepSpeed counts all on the first rank of the model-parallel group, and what is marked on the others. The mark may
+    be either of two attributes; here it is one, true where this rank counts the parameter, so that each element counts
+    once whether it is cut, repeated on all tp ranks or on some of them.
+    """
+    for parameter, placement in placements.items():
+        parameter.model_parallel = placement.is_counted
+
+
+def model_parallel_unit(mesh: Mesh) -> SimpleNamespace:
+    """The process groups as DeepSpeed asks for them: tp is its model parallelism, dp x cp its data parallelism.
+
+    It isn't told of cp: declared as sequence parallelism, its ZeRO-3 partitions over dp but reduces over dp x cp.
+    """
+    replicas, model = mesh.zero_group, mesh.model_group
+    return SimpleNamespace(
+        get_data_parallel_group=lambda: replicas,
+        get_data_parallel_rank=lambda: dist.get_rank(replicas),
+        get_data_parallel_world_size=lambda: dist.get_world_size(replicas),
+        get_model_parallel_group=lambda: model,
+        get_model_parallel_rank=lambda: dist.get_rank(model),
+        get_model_parallel_world_size=lambda: dist.get_world_size(model),
+        get_tensor_model_parallel_group=lambda: model,
+        get_tensor_model_parallel_rank=lambda: dist.get_rank(model),
+        get_tensor_model_parallel_world_size=lambda: dist.get_world_size(model),
+    )

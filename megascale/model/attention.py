@@ -1,47 +1,56 @@
-"""Causal self-attention with grouped key-value heads.
+"""Self-attention with grouped key-value heads, its heads cut over tp.
 
-Shapes: B rows, T positions, D d_model, H query heads, K kv heads, G = H / K query heads per group, C head_dim.
+Shapes: B rows, T positions, D d_model, H query heads, K kv heads, G = H / K query heads per group, C head_dim; heads
+are those of this rank.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megascale.config.model import ModelConfig
+from megascale.model.attention_core import attend
+from megascale.model.axes import Axes
 from megascale.model.context import Context
-from megascale.model.linear import Linear
+from megascale.model.linear import ColumnLinear, RowLinear
 from megascale.model.rope import rotate
+from megascale.parallel.collectives import gather
 
 
 class Attention(nn.Module):
-    """Mixes positions: each reads those before it, weighted by softmax(q k / sqrt(C)).
+    """Mixes positions: each reads those that it may see, weighted by softmax(q k / sqrt(C)).
 
     One fused product gives queries, keys and values. Its rows are grouped as (K, G + 2, C): the query heads of a group,
-    then their key and value head. A cut between groups leaves whole heads on both sides.
+    then their key and value head. A cut between groups leaves whole heads on both sides. With more tp ranks than kv
+    heads the cut goes through groups: the ranks of a group gather its product and each takes its own query heads, so
+    that no parameter is on two ranks.
 
     Shape: (B, T, D) to (B, T, D).
+    Cost: as its linear layers; the gather moves (G + 2) C numbers per position and is reduce-scattered in backward.
     Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA).
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, axes: Axes):
         super().__init__()
+        self.axes = axes
         self.group_size = config.num_heads // config.kv_heads
         self.head_dim = config.head_dim
         qkv_dim = (config.num_heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = Linear(config.d_model, qkv_dim, bias=config.has_bias)
-        self.output = Linear(config.d_model, config.d_model, bias=config.has_bias)
+        self.qkv = ColumnLinear(config.d_model, qkv_dim, bias=config.has_bias, axes=axes)
+        self.output = RowLinear(config.d_model, config.d_model, bias=config.has_bias, axes=axes)
 
     def forward(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
-        grouped = self.qkv(hidden_BTD).unflatten(-1, (-1, self.group_size + 2, self.head_dim))
-        q_BTHC, k_BTKC, v_BTKC = (part.flatten(2, 3) for part in grouped.split((self.group_size, 1, 1), dim=3))
-        if context.cos_BT1C is not None:
-            q_BTHC = rotate(q_BTHC, context.cos_BT1C, context.sin_BT1C)
-            k_BTKC = rotate(k_BTKC, context.cos_BT1C, context.sin_BT1C)
-        mixed_BHTC = F.scaled_dot_product_attention(
-            q_BTHC.transpose(1, 2),
-            k_BTKC.transpose(1, 2),
-            v_BTKC.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.group_size > 1,
-        )
-        return self.output(mixed_BHTC.transpose(1, 2).flatten(2))
+        q_BTHC, k_BTKC, v_BTKC = self.split_heads(self.qkv(hidden_BTD))
+        if context.cos_BA1C is not None:
+            q_BTHC = rotate(q_BTHC, context.cos_BA1C, context.sin_BA1C)
+            k_BTKC = rotate(k_BTKC, context.cos_BA1C, context.sin_BA1C)
+        mixed_BTHC = attend(q_BTHC, k_BTKC, v_BTKC, context.mask, self.axes)
+        return self.output(mixed_BTHC.flatten(2))
+
+    def split_heads(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value heads of this rank from the fused product's features."""
+        kv = self.axes.kv
+        grouped = gather(fused, kv, 2).unflatten(-1, (-1, self.group_size + 2, self.head_dim))
+        q_BTKGC, k_BTK1C, v_BTK1C = grouped.split((self.group_size, 1, 1), dim=3)
+        if kv.size > 1:
+            q_BTKGC = q_BTKGC.chunk(kv.size, dim=3)[kv.rank]
+        return q_BTKGC.flatten(2, 3), k_BTK1C.flatten(2, 3), v_BTK1C.flatten(2, 3)

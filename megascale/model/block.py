@@ -8,18 +8,19 @@ from torch import nn
 
 from megascale.config.model import ModelConfig
 from megascale.model.attention import Attention
+from megascale.model.axes import Axes
 from megascale.model.context import Context
 from megascale.model.dropout import Dropout
-from megascale.model.recompute import run_recomputed
+from megascale.model.recompute import MemoryPlan, run_block
 
 
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + feed_forward(norm(x)).
 
     Attributes:
-        recompute: which activations the backward pass computes again, see `recompute.py`.
+        memory: what the backward pass finds of the activations, and where, see `recompute.py`.
 
-    Shape: (B, T, D) to (B, T, D).
+    Shape: (B, T, D) to (B, T, D); T is the residual stream's, a tp-th of the row when sequence parallel.
     Source: pre-norm order of GPT-2, Radford et al. 2019, section 2.3.
     """
 
@@ -30,22 +31,26 @@ class Block(nn.Module):
         attention_norm: nn.Module,
         feed_forward_norm: nn.Module,
         feed_forward: nn.Module,
+        axes: Axes,
     ):
         super().__init__()
-        self.recompute = "none"
+        self.memory = MemoryPlan()
         self.attention_norm = attention_norm
-        self.attention = Attention(config)
+        self.attention = Attention(config, axes)
         self.attention_dropout = Dropout(config.dropout, site=f"{name}.attention")
         self.feed_forward_norm = feed_forward_norm
         self.feed_forward = feed_forward
         self.feed_forward_dropout = Dropout(config.dropout, site=f"{name}.feed_forward")
 
     def forward(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
-        return run_recomputed(self.recompute, self.update, hidden_BTD, context)
+        return run_block(self.memory, self.attend, self.feed, hidden_BTD, context)
 
-    def update(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
-        """The block itself, without a thought for memory."""
+    def attend(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        """The first half: every position reads others."""
         attended_BTD = self.attention(self.attention_norm(hidden_BTD), context)
-        hidden_BTD = hidden_BTD + self.attention_dropout(attended_BTD, context)
+        return hidden_BTD + self.attention_dropout(attended_BTD, context)
+
+    def feed(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        """The second half: every position by itself."""
         fed_BTD = self.feed_forward(self.feed_forward_norm(hidden_BTD))
         return hidden_BTD + self.feed_forward_dropout(fed_BTD, context)

@@ -1,7 +1,7 @@
+"""What every layer may need besides the hidden state, computed once per micro-batch on each rank.
 
-"""What every layer may need besides the hidden state, computed once per micro-batch and equal on every stage.
-
-Shapes: B rows, T positions, C head_dim.
+Shapes: B rows, T positions of the residual stream on this rank, A positions of attention on this rank, C head_dim.
+Without context parallelism A is the whole row; with sequence parallelism T is a tp-th of A.
 """
 
 from typing import NamedTuple
@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from megascale.config.model import ModelConfig
+from megascale.model.attention_mask import AttentionMask, build_mask, cp_columns
+from megascale.model.axes import ONE_RANK, Axes
 from megascale.model.rope import rotary_table
 
 
@@ -19,31 +21,61 @@ class Context(NamedTuple):
         position_ids_BT: int64, position of each token within its document; drives position embeddings.
         columns_T: int64, position of each token within the row; drives dropout, and unlike `position_ids_BT` never
             starts again at a document.
-        cos_BT1C: fp32 rotary cosines, None for families without rotary positions.
-        sin_BT1C: fp32 rotary sines, negated in the first half of the features, None likewise.
+        cos_BA1C: fp32 rotary cosines, None for families without rotary positions.
+        sin_BA1C: fp32 rotary sines, negated in the first half of the features, None likewise.
         row_keys_B: int64, one random key per row from `dropout.derive_row_keys`; None where nothing is dropped.
+        mask: which keys each query sees.
     """
 
     position_ids_BT: torch.Tensor
     columns_T: torch.Tensor
-    cos_BT1C: torch.Tensor | None
-    sin_BT1C: torch.Tensor | None
+    cos_BA1C: torch.Tensor | None
+    sin_BA1C: torch.Tensor | None
     row_keys_B: torch.Tensor | None
+    mask: AttentionMask
 
 
 def build_context(
     config: ModelConfig,
     num_positions: int,
     device: torch.device,
+    axes: Axes = ONE_RANK,
     *,
-    position_ids_BT: torch.Tensor | None = None,
+    documents_BT: torch.Tensor | None = None,
     row_keys_B: torch.Tensor | None = None,
 ) -> Context:
-    """Builds the context of a micro-batch; positions count from 0 through each row unless they are given."""
-    columns_T = torch.arange(num_positions, device=device)
-    if position_ids_BT is None:
-        position_ids_BT = columns_T[None]
-    cos_BT1C = sin_BT1C = None
+    """Builds the context of a micro-batch on this rank.
+
+    Args:
+        num_positions: of the whole row.
+        documents_BT: number of the document of each position of the whole row; attention stays within documents and
+            positions count from each one's start. None: a row is one document.
+    """
+    columns_A = cp_columns(num_positions, axes).to(device)
+    columns_T = columns_A.chunk(axes.tp.size)[axes.tp.rank] if axes.is_sequence_parallel else columns_A
+    whole_row = torch.arange(num_positions, device=device)[None]
+    positions = whole_row if documents_BT is None else restarted_positions(documents_BT)
+    cos_BA1C = sin_BA1C = None
     if config.is_rotary:
-        cos_BT1C, sin_BT1C = rotary_table(position_ids_BT, config.head_dim, config.rotary_base)
-    return Context(position_ids_BT, columns_T, cos_BT1C, sin_BT1C, row_keys_B)
+        cos_BA1C, sin_BA1C = rotary_table(positions[:, columns_A], config.head_dim, config.rotary_base)
+    mask = build_mask(columns_A, documents_BT, config.window, axes, device)
+    return Context(positions[:, columns_T], columns_T, cos_BA1C, sin_BA1C, row_keys_B, mask)
+
+
+def number_documents(tokens_BT: torch.Tensor, end_id: int) -> torch.Tensor:
+    """Number of the document of each position, counted from 0 in each row; the token `end_id` is its document's last.
+
+    Shape: (B, T) int64 to (B, T) int64.
+    """
+    is_end_BT = (tokens_BT == end_id).long()
+    return is_end_BT.cumsum(dim=1) - is_end_BT
+
+
+def restarted_positions(documents_BT: torch.Tensor) -> torch.Tensor:
+    """Positions that count from 0 within each document.
+
+    Shape: (B, T) int64 to (B, T) int64.
+    """
+    columns_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    is_start_BT = documents_BT.diff(dim=1, prepend=documents_BT[:, :1] - 1) != 0
+    return columns_T - torch.where(is_start_BT, columns_T, 0).cummax(dim=1).values

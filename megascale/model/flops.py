@@ -50,3 +50,14 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Operations of forward and backward per token: 6N + 12 L D T."""
     return 3 * forward_flops_per_token(config, seq_len)
+
+
+def layer_costs(config: ModelConfig, seq_len: int) -> list[float]:
+    """Operations of each layer's forward pass per token: the embedding, the blocks, the final norm, the head.
+
+    Embedding and norm have no products; they count as one operation per feature, so that a layer is never free. A cut
+    of the model into stages that balances these balances training too, where each is three times as much.
+    """
+    block = 2 * num_block_weights(config) + 4 * config.d_model * seq_len
+    head = 2 * config.d_model * config.padded_vocab_size
+    return [config.d_model, *[block] * config.num_layers, config.d_model, head]

@@ -6,12 +6,13 @@ Shapes: B rows, T positions, V padded vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from megascale.config.model import ModelConfig
 from megascale.errors import ConfigError, DataError
 from megascale.model.seeds import derive_seed
-from megascale.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,19 @@ class Sampling:
             raise ConfigError(f"top_p = {self.top_p} is not a share of the probability; use more than 0, at most 1")
 
 
+class LanguageModel(Protocol):
+    """What generation asks of a model, whether one process has it whole or several ranks share it."""
+
+    config: ModelConfig
+    device: torch.device
+
+    def __call__(self, tokens_BT: torch.Tensor, *, last_B: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) of the token after position `last_B` of each row."""
+
+
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -55,7 +66,8 @@ def generate(
     """Yields, step by step, the next token of each prompt, and None for rows that are done.
 
     A row is done once it has drawn `eos_token`, which is the last token that it yields. Prompts may differ in length.
-    The model sees at most the last `max_seq_len` tokens of a row. It must be in eval mode for dropout to be off.
+    The model sees at most the last `max_seq_len` tokens of a row. It must be in eval mode for dropout to be off. Ranks
+    that share it all call this, and draw the same tokens from the same logits.
 
     Raises:
         DataError: a prompt is empty, or has a token outside the vocabulary.
@@ -64,13 +76,12 @@ def generate(
     """
     check_prompts(prompts, model.config.vocab_size)
     sampling = sampling or Sampling()
-    device = next(model.parameters()).device
     rows = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(derive_seed(sampling.seed, row)) for row in range(len(rows))]
     is_done = [False] * len(rows)
     for _ in range(max_new_tokens):
         tokens_BT, last_B = window_of(rows, model.config.max_seq_len)
-        logits_BV = model(tokens_BT.to(device), last_B=last_B.to(device)).float().cpu()
+        logits_BV = model(tokens_BT.to(model.device), last_B=last_B.to(model.device)).float().cpu()
         drawn = [
             None if done else draw_token(logits_V, sampling, generator)
             for done, logits_V, generator in zip(is_done, logits_BV, generators, strict=True)

@@ -1,7 +1,6 @@
 """The initial value of a parameter as a function of (seed, its global name): no layout changes the start."""
 
 import torch
-from torch import nn
 
 from megascale.config.model import ModelConfig
 from megascale.model.seeds import derive_seed
@@ -30,10 +29,3 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     if kind == "vocabulary":
         value[config.vocab_size :] = 0
     return value
-
-
-@torch.no_grad()
-def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Gives every parameter of a whole model its initial value, cast to the parameter's dtype and device."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, tuple(parameter.shape), config, seed))

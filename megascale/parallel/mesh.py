@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 
 from megascale.errors import LaunchError
+from megascale.parallel.axis import ALONE, Axis, axis_of_group
 from megascale.parallel.layout import Layout
 
+GROUPS = (("tp",), ("cp",), ("pp",), ("dp", "cp"), ("pp", "dp", "cp"), ("pp", "tp"))
+"""Axes along which groups are made, see `Mesh`."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -27,7 +30,13 @@ class Mesh:
     """This rank's place in the layout, its groups and its device.
 
     Attributes:
-        dp_group: the ranks that hold other replicas of what this rank holds; ZeRO shards over it.
+        tp, cp, pp: this rank's peers along one axis.
+        ends: the first and the last pipeline rank, of size 1 on all others; a tied embedding lives on both.
+        zero_group: the ranks along dp and cp, which hold the same parameters; gradients are summed and ZeRO shards
+            over it.
+        loss_group: the ranks along pp, dp and cp, over which the parts of the loss add up.
+        model_group: the ranks along pp and tp, which together hold one whole model.
+        world_group: all ranks, on the device's backend.
         self_group: a group of this rank alone, for code that wants a group where nothing is shared.
         control_group: all ranks over gloo on CPU tensors, so that small decisions never wait for a GPU.
     """
@@ -35,7 +44,14 @@ class Mesh:
     layout: Layout
     rank: int
     device: torch.device
-    dp_group: dist.ProcessGroup
+    tp: Axis
+    cp: Axis
+    pp: Axis
+    ends: Axis
+    zero_group: dist.ProcessGroup
+    loss_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    world_group: dist.ProcessGroup
     self_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
 
@@ -46,6 +62,18 @@ class Mesh:
     @property
     def dp_rank(self) -> int:
         return self.layout.coordinates(self.rank)["dp"]
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank speaks for its replica, whose ranks all read the same rows."""
+        return self.tp.rank == self.cp.rank == self.pp.rank == 0
+
+    def split_tp(self, size: int) -> Axis:
+        """Neighbouring tp ranks in runs of `size`: this rank's own run as an axis. Every rank calls it."""
+        if size == 1:
+            return ALONE
+        first = self.rank - self.tp.rank % size
+        return axis_of_group(dist.new_group(range(first, first + size), use_local_synchronization=True))
 
     def control_sum(self, values: list[int], dtype: torch.dtype = torch.int64) -> list:
         """Adds up a few numbers over all ranks. Cost: one all-reduce of 8 bytes a value on CPU."""
@@ -102,7 +130,12 @@ def pick_device(local_rank: int) -> torch.device:
 
 
 def build_mesh(layout: Layout, info: RankInfo, timeout_s: float = 1800.0) -> Mesh:
-    """Joins the other ranks and makes the groups. Every rank calls it once.
+    """Joins the other ranks and makes the groups. Every rank calls it once."""
+    return lay_out_mesh(layout, info.rank, join_ranks(info, timeout_s))
+
+
+def join_ranks(info: RankInfo, timeout_s: float) -> torch.device:
+    """Meets the other ranks and returns this one's device.
 
     Each attempt of a run has its own prefix in the rendezvous store: after a restart gloo would otherwise read the
     addresses of ranks that are gone.
@@ -120,12 +153,26 @@ def build_mesh(layout: Layout, info: RankInfo, timeout_s: float = 1800.0) -> Mes
         rank=info.rank, world_size=info.world_size, timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    return device
+
+
+def lay_out_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
+    """Makes the groups of a layout over the ranks that have joined. Every rank calls it."""
+    groups = {axes: own_group(layout, axes, rank) for axes in GROUPS}
+    tp, cp, pp = (axis_of_group(groups[axis,]) for axis in ("tp", "cp", "pp"))
     return Mesh(
         layout=layout,
-        rank=info.rank,
+        rank=rank,
         device=device,
-        dp_group=_own_group(layout.groups_along(("dp", "cp")), info.rank),
-        self_group=dist.new_group([info.rank], use_local_synchronization=True),
+        tp=tp,
+        cp=cp,
+        pp=pp,
+        ends=pipeline_ends(layout, rank),
+        zero_group=groups["dp", "cp"],
+        loss_group=groups["pp", "dp", "cp"],
+        model_group=groups["pp", "tp"],
+        world_group=dist.group.WORLD,
+        self_group=dist.new_group([rank], use_local_synchronization=True),
         control_group=dist.new_group(backend="gloo"),
     )
 
@@ -136,7 +183,15 @@ def close_mesh() -> None:
         dist.destroy_process_group()
 
 
-def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
-    """Makes every group, as all ranks must in the same order, and returns the one that holds this rank."""
-    made = [(ranks, dist.new_group(ranks)) for ranks in groups]
+def own_group(layout: Layout, axes: tuple[str, ...], rank: int) -> dist.ProcessGroup:
+    """Makes every group along some axes, as all ranks must in the same order, and returns the one with this rank."""
+    made = [(ranks, dist.new_group(ranks)) for ranks in layout.groups_along(axes)]
     return next(group for ranks, group in made if rank in ranks)
+
+
+def pipeline_ends(layout: Layout, rank: int) -> Axis:
+    """The first and the last pipeline rank as an axis; one of size 1 for ranks between them."""
+    ranks = layout.ranks_along(("pp",), rank)
+    if rank not in (ranks[0], ranks[-1]) or len(ranks) == 1:
+        return ALONE
+    return axis_of_group(dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True))

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
+from megascale.config.derive import Derived
+from megascale.config.schema import RunConfig
 from megascale.engine.base import StepOutput
 from megascale.errors import CheckpointError, LeaseLostError, NonFiniteError, StopRequested
 from megascale.observe.console import say
@@ -34,12 +36,14 @@ def train(run: Run) -> RunState:
                 return state
             run.timer.start()
             micro_batches = next(steps)
-            num_tokens, num_stops = run.mesh.control_sum([count_labels(micro_batches), int(run.stop.is_set)])
+            own_labels = count_labels(micro_batches) if run.mesh.leads_replica else 0
+            num_tokens, num_stops = run.mesh.control_sum([own_labels, int(run.stop.is_set)])
             if num_stops:
                 save(run, state, saved_step, is_last=True)
                 raise StopRequested(f"stopped at step {state.step} of {last_step}, as asked; the same command resumes")
+            rate = rate_of(run.config, run.derived, state.step)
             output = run.engine.train_step(
-                micro_batches, step=state.step, num_tokens=num_tokens, learning_rate=rate_of(run, state.step)
+                micro_batches, step=state.step, num_tokens=num_tokens, learning_rate=rate
             )
             check_finite(run, state, output)
             state = state.advance(output, run.derived.rows_per_step)
@@ -84,9 +88,9 @@ def save(run: Run, state: RunState, saved_step: int | None, *, is_last: bool) ->
     return state.step
 
 
-def rate_of(run: Run, step: int) -> float:
+def rate_of(config: RunConfig, derived: Derived, step: int) -> float:
     """The learning rate of a step."""
-    optimizer, horizon_steps = run.config.optimizer, run.derived.horizon_steps
+    optimizer, horizon_steps = config.optimizer, derived.horizon_steps
     return learning_rate(
         step,
         kind=optimizer.schedule,
@@ -126,7 +130,7 @@ def log_step(run: Run, state: RunState, output: StepOutput) -> None:
     run.logger.log_train(TrainRecord(
         step=state.step,
         loss=output.loss,
-        learning_rate=rate_of(run, state.step - 1),
+        learning_rate=rate_of(run.config, run.derived, state.step - 1),
         grad_norm=output.grad_norm,
         tokens_seen=state.tokens,
         step_s=speed.step_s,

@@ -1,23 +1,29 @@
 """What a micro-batch is trained on: the next token."""
 
-import torch
-
 from megascale.config.model import ModelConfig
 from megascale.engine.base import Objective
-from megascale.model.context import build_context
+from megascale.model.axes import Axes
+from megascale.model.context import build_context, number_documents
 from megascale.model.dropout import derive_row_keys
-from megascale.model.loss import token_loss
 
 
-def causal_objective(config: ModelConfig, seed: int) -> Objective:
-    """Sum of the negative log-likelihoods of the labels, with dropout keyed by (seed, step, row)."""
+def causal_objective(config: ModelConfig, seed: int, axes: Axes, document_end: int | None) -> Objective:
+    """Tokens, context and labels of this rank's positions, with dropout keyed by (seed, step, row).
 
-    def objective(module: torch.nn.Module, batch, step: int) -> torch.Tensor:
-        row_keys_B = derive_row_keys(batch.row_numbers_B, seed, step) if config.dropout else None
+    Args:
+        document_end: the token that ends a document, for attention that stays within documents; None: a row is one.
+    """
+
+    def prepare(batch, step: int) -> tuple:
+        num_positions = batch.tokens_BT.shape[1]
         context = build_context(
-            config, batch.tokens_BT.shape[1], batch.tokens_BT.device, row_keys_B=row_keys_B
+            config, num_positions, batch.tokens_BT.device, axes,
+            documents_BT=None if document_end is None else number_documents(batch.tokens_BT, document_end),
+            row_keys_B=derive_row_keys(batch.row_numbers_B, seed, step) if config.dropout else None,
         )
-        nll_sum, _ = token_loss(module(batch.tokens_BT, context), batch.labels_BT)
-        return nll_sum
+        if axes.cp.size == 1:
+            return batch.tokens_BT, context, batch.labels_BT
+        columns_A = context.mask.columns_T
+        return batch.tokens_BT[:, columns_A], context, batch.labels_BT[:, columns_A]
 
-    return objective
+    return prepare

@@ -22,21 +22,16 @@ from megascale.data.loader import Loader
 from megascale.data.order import RowOrder
 from megascale.data.rows import CorpusRows, open_rows
 from megascale.engine.base import Engine
-from megascale.engine.build import build_engine
 from megascale.model.flops import num_parameters, train_flops_per_token
-from megascale.model.recompute import set_recompute
-from megascale.model.sharding import is_decayed
-from megascale.model.transformer import build_model, compile_blocks
 from megascale.observe.build import build_logger
 from megascale.observe.console import say
 from megascale.observe.logger import Logger
 from megascale.observe.peaks import peak_bf16_flops
 from megascale.observe.run_files import Session, append_session
 from megascale.observe.throughput import StepTimer
-from megascale.optim.optimizer import build_adamw, parameter_groups
-from megascale.parallel.layout import Layout
+from megascale.parallel.layout import AXES, Layout
 from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
-from megascale.train.objective import causal_objective
+from megascale.train.build import build_run_engine
 from megascale.train.run_folder import claim_run_folder, describe_run_folder, read_git_commit
 from megascale.train.signals import StopRequest
 
@@ -84,7 +79,8 @@ def set_up(
     validation_rows = _open_split(config, "validation")
     folder = Path(config.run.folder)
 
-    mesh = build_mesh(Layout(dp=derived.dp), info)
+    parallel = config.parallel
+    mesh = build_mesh(Layout(pp=parallel.pp, dp=derived.dp, cp=parallel.cp, tp=parallel.tp), info)
     order = RowOrder(train_rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
     loader = Loader(
         train_rows, order, derived.rows_per_step, config.train.micro_batch_size, mesh.dp_rank, derived.dp
@@ -100,7 +96,7 @@ def set_up(
             say(f"changed since the checkpoint, without effect on what is computed: {change}")
     run_on_rank_zero(mesh, lambda: describe_run_folder(folder, record, train_rows.manifest.tokenizer_path))
 
-    engine = _build_engine(config, mesh)
+    engine = build_run_engine(config, derived, mesh, train_rows.manifest.eos_id)
     start = _load_state(checkpoint, engine, mesh)
     logger, timer = _build_observers(config, derived, folder, mesh, start, checkpoint, record.code)
     return Run(
@@ -124,28 +120,6 @@ def _describe_run(
         config_fingerprint=config_fingerprint(values),
         data_fingerprints={rows.manifest.split: rows.manifest.fingerprint for rows in (train_rows, validation_rows)},
         code=code_versions(git_commit),
-    )
-
-
-def _build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    optimizer_config = config.optimizer
-    model = build_model(config.model, config.run.seed)
-    set_recompute(model, config.train.recompute)
-    if config.train.compile:
-        compile_blocks(model)
-    groups = parameter_groups(model.named_parameters(), optimizer_config.weight_decay, is_decayed)
-    optimizer = build_adamw(
-        groups,
-        learning_rate=optimizer_config.learning_rate,
-        beta1=optimizer_config.beta1,
-        beta2=optimizer_config.beta2,
-        eps=optimizer_config.eps,
-    )
-    return build_engine(
-        model, optimizer, causal_objective(config.model, config.run.seed), mesh, config.precision,
-        zero_stage=config.parallel.zero_stage,
-        clip_norm=optimizer_config.clip_norm,
-        micro_batch_size=config.train.micro_batch_size,
     )
 
 
@@ -181,7 +155,7 @@ def _build_observers(
         unix_s=time.time(),
         resumed_step=start.step,
         world_size=derived.world_size,
-        layout={"dp": derived.dp, "zero_stage": config.parallel.zero_stage},
+        layout={axis: getattr(mesh.layout, axis) for axis in AXES} | {"zero_stage": config.parallel.zero_stage},
         versions={package: version for package, version in code.items() if package != "git_commit"},
         git_commit=code.get("git_commit"),
         facts=facts,

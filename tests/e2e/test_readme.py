@@ -14,8 +14,9 @@ from tests.support.tiny_run import command_environment, megascale
 
 SMALLER = {
     "data build": ["--pattern", "asyncio/*.py", "--pattern", "email/*.py", "--validation-fraction", "0.2"],
-    "train": ["train.max_steps=2", "model.num_layers=1", "model.d_model=96", "optimizer.warmup_steps=1",
+    "train": ["train.max_steps=2", "model.num_layers=2", "model.d_model=96", "optimizer.warmup_steps=1",
               "checkpoint.interval_steps=1", "observe.wandb.mode=disabled"],
+    "parity": ["model.num_layers=2", "model.d_model=96"],
     "generate": ["--max-tokens", "5"],
 }
 

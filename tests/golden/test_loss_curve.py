@@ -20,20 +20,33 @@ RECORD = Path(__file__).with_name("tiny_curve.json")
 TOLERANCE = 1e-5
 
 
-def run_tiny(folder: Path, num_ranks: int, zero_stage: int = 1) -> list[dict]:
+def run_tiny(folder: Path, num_ranks: int, *overrides: str) -> list[dict]:
     """Losses, gradient norms and learning rates of the tiny run on so many ranks."""
     folder.mkdir(exist_ok=True)
     config = write_config(folder, make_corpus(folder / "corpus", vocab_size=64))
-    done = megascale("train", config, f"parallel.zero_stage={zero_stage}", "--nproc", str(num_ranks))
+    done = megascale("train", config, *overrides, "--nproc", str(num_ranks))
     assert done.returncode == 0, done.stderr
     names = ("kind", "step", "loss", "grad_norm", "learning_rate", "tokens_seen", "num_tokens")
     return [{name: line[name] for name in names if name in line} for line in read_metrics(folder / "run")]
 
 
-@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_the_curve_is_the_one_on_record(num_ranks, zero_stage, tmp_path):
-    """Neither the number of ranks nor the ZeRO stage is part of a run; dropout and evaluations take part."""
-    record, found = json.loads(RECORD.read_text()), run_tiny(tmp_path, num_ranks, zero_stage)
+LAYOUTS = [
+    (1, []),
+    (2, ["parallel.zero_stage=0"]),
+    (2, ["parallel.zero_stage=1"]),
+    (2, ["parallel.zero_stage=2"]),
+    (2, ["parallel.zero_stage=3"]),
+    (2, ["parallel.tp=2"]),
+    (2, ["parallel.cp=2"]),
+    (4, ["parallel.pp=2"]),
+    (4, ["parallel.tp=2", "parallel.pp=2", "train.recompute=full"]),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "overrides"), LAYOUTS, ids=lambda value: str(value).replace("parallel.", ""))
+def test_the_curve_is_the_one_on_record(num_ranks, overrides, tmp_path):
+    """No layout is part of a run; dropout and evaluations take part."""
+    record, found = json.loads(RECORD.read_text()), run_tiny(tmp_path, num_ranks, *overrides)
     assert [line.pop("kind") for line in found] == [line.pop("kind") for line in record]
     for expected, line in zip(record, found, strict=True):
         assert line == pytest.approx(expected, rel=TOLERANCE)

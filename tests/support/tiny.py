@@ -6,12 +6,10 @@ from types import SimpleNamespace
 import torch
 
 from megascale.config.model import ModelConfig
-from megascale.config.training import PrecisionConfig
 from megascale.data.batch import Batch
 from megascale.engine import build
 from megascale.engine.base import Engine
 from megascale.engine.ds_config import deepspeed_config
-from megascale.parallel.mesh import Mesh
 
 TINY_LLAMA = ModelConfig(
     family="llama", num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61, max_seq_len=32
@@ -39,7 +37,7 @@ def batch_of_rows(rows: SimpleNamespace, numbers: Sequence[int]) -> Batch:
     return Batch(tokens_BT=rows.tokens[index], labels_BT=rows.labels[index], row_numbers_B=index)
 
 
-def build_tiny_engine(model, optimizer, objective, mesh: Mesh, precision: PrecisionConfig, **options) -> Engine:
+def build_tiny_engine(*arguments) -> Engine:
     """`build_engine`, but ZeRO-3 shares out small parameters too.
 
     DeepSpeed keeps parameters under 1e5 elements whole, and a tiny model has no others.
@@ -51,6 +49,6 @@ def build_tiny_engine(model, optimizer, objective, mesh: Mesh, precision: Precis
 
     original, build.deepspeed_config = build.deepspeed_config, config_for_small_parameters
     try:
-        return build.build_engine(model, optimizer, objective, mesh, precision, **options)
+        return build.build_engine(*arguments)
     finally:
         build.deepspeed_config = original

@@ -116,17 +116,6 @@ def test_sequence_longer_than_positions(tiny):
     assert "use at most 32" in message
 
 
-def test_tensor_parallel_against_heads_and_feed_forward(tiny):
-    message = refusal(tiny, "parallel.tp=4", num_ranks=4)
-    assert "parallel.tp = 4 does not divide model.num_heads = 2; use one of 1, 2" in message
-    assert "num_heads = 3 does not divide model.d_model = 32" in refusal(tiny, "model.num_heads=3")
-
-
-def test_layouts_beyond_this_version_are_refused_by_name(tiny):
-    assert "use tp = pp = cp = 1" in refusal(tiny, "parallel.pp=2", num_ranks=2)
-    assert "only ZeRO 0 and 1 go with it" in refusal(tiny, "parallel.pp=2", "parallel.zero_stage=3", num_ranks=2)
-
-
 def test_warm_up_longer_than_the_schedule(tiny):
     assert "use at most 11" in refusal(tiny, "optimizer.warmup_steps=12")
 
@@ -161,11 +150,16 @@ def test_the_fingerprint_follows_what_is_computed_and_nothing_else(tiny):
         return config_fingerprint(resolved_values(load_config(tiny, list(overrides))))
 
     same = ["run.folder=x", "parallel.zero_stage=3", "observe.log_interval_steps=5", "train.micro_batch_size=1",
-            "train.recompute=full", "checkpoint.keep_last=9"]
-    assert all(fingerprint(override) == fingerprint() for override in same)
+            "train.recompute=full", "train.recompute_parts=[attention]", "train.recompute_every=2",
+            "train.offload_activations=true", "parallel.schedule=gpipe", "checkpoint.keep_last=9"]
+    selective = "train.recompute=selective"  # the settings of recompute go with no other mode
+    assert all(fingerprint(selective, override) == fingerprint() for override in same)
     other = ["run.seed=4", "optimizer.learning_rate=1e-3", "train.max_steps=13", "model.d_ff=128",
-             "train.global_batch_tokens=512", "data.window_rows=8", "precision.dtype=bf16"]
+             "train.global_batch_tokens=512", "data.window_rows=8", "precision.dtype=bf16",
+             "data.document_mask=true", "model.window=8"]
     assert len({fingerprint(), *(fingerprint(override) for override in other)}) == 1 + len(other)
+    eight_bits = fingerprint("precision.dtype=bf16", "precision.fp8_linear=true")
+    assert eight_bits != fingerprint("precision.dtype=bf16")
     assert fingerprint("optimizer.horizon_steps=12", "train.max_steps=40") == fingerprint()
 
 

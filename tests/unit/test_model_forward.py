@@ -6,9 +6,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megascale.config.model import ModelConfig
-from megascale.model.context import build_context
+from megascale.model.context import build_context, number_documents
 from megascale.model.families.hf_names import from_hf, to_hf
-from megascale.model.loss import token_loss
+from megascale.model.rope import rotary_table
 from megascale.model.transformer import build_model, compile_blocks
 
 SMALL = {"num_layers": 2, "d_model": 64, "num_heads": 4, "vocab_size": 100, "max_seq_len": 24}
@@ -74,28 +74,34 @@ def test_logits_and_loss_equal_transformers(config):
     logits_BTV = ours(tokens_BT)
     expected = theirs(tokens_BT, labels=tokens_BT)
     torch.testing.assert_close(logits_BTV[..., : config.vocab_size], expected.logits, rtol=0, atol=1e-5)
-    nll_sum, num_labels = token_loss(logits_BTV[:, :-1], tokens_BT[:, 1:])
-    assert abs((nll_sum / num_labels - expected.loss).item()) < 1e-5
+    nll_sum = ours(tokens_BT[:, :-1], labels_BT=tokens_BT[:, 1:])
+    assert abs((nll_sum / tokens_BT[:, 1:].numel() - expected.loss).item()) < 1e-5
 
     back = from_hf(config, parameters, theirs.state_dict())
     assert all(torch.equal(back[name], parameter) for name, parameter in parameters.items())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_given_positions_take_effect(family):
+def test_documents_of_a_row_know_nothing_of_each_other(family):
+    """Two documents in one row give the logits that each has in a row of its own."""
     model = randomized_model(CONFIGS[family])
-    tokens_BT = random_tokens(model.config, 1, 6).repeat(1, 2)
-    restarted = torch.arange(12)[None] % 6
-    context = build_context(model.config, 12, tokens_BT.device, position_ids_BT=restarted)
-    embedded_BTD = model.embedding(tokens_BT, context)
-    assert torch.equal(embedded_BTD[:, :6], embedded_BTD[:, 6:])
-    assert not torch.allclose(model(tokens_BT, context)[:, 6:], model(tokens_BT)[:, 6:])
+    end_id, first, second = 7, [3, 4, 5, 6, 7], [9, 3, 4, 5, 8, 11, 2]
+    tokens_BT = torch.tensor([first + second])
+    documents_BT = number_documents(tokens_BT, end_id)
+    assert documents_BT.tolist() == [[0] * len(first) + [1] * len(second)]
+    context = build_context(model.config, tokens_BT.shape[1], tokens_BT.device, documents_BT=documents_BT)
+    assert context.position_ids_BT.tolist() == [[*range(len(first)), *range(len(second))]]
+    alone = torch.cat([model(torch.tensor([first])), model(torch.tensor([second]))], dim=1)
+    torch.testing.assert_close(model(tokens_BT, context), alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(model(tokens_BT)[:, len(first) :], alone[:, len(first) :])
 
 
 def test_rotary_attention_sees_only_distances():
     model = randomized_model(CONFIGS["llama_gqa_tied"])
     tokens_BT = random_tokens(model.config, 2, 8)
-    shifted = build_context(model.config, 8, tokens_BT.device, position_ids_BT=torch.arange(8)[None] + 5)
+    context = build_context(model.config, 8, tokens_BT.device)
+    cos, sin = rotary_table(torch.arange(8)[None] + 5, model.config.head_dim, model.config.rotary_base)
+    shifted = context._replace(cos_BA1C=cos, sin_BA1C=sin)
     torch.testing.assert_close(model(tokens_BT, shifted), model(tokens_BT), rtol=0, atol=1e-5)
 
 
@@ -115,19 +121,24 @@ def test_a_stage_runs_a_part_of_the_list():
     tokens_BT = random_tokens(model.config, 2, 8)
     context = build_context(model.config, 8, tokens_BT.device)
     hidden = tokens_BT
-    for part in (model.layers[:2], model.layers[2:]):
-        for layer in part:
-            hidden = layer(hidden, context)
+    num_layers = len(model.specs)
+    for part in (range(2), range(2, num_layers)):
+        (stage,) = build_model(model.config, 1, stages=[part]).stages
+        originals = [parameter for index in part for parameter in model.layers[index].parameters()]
+        for parameter, original in zip(stage.parameters(), originals, strict=True):
+            parameter.data = original.data
+        hidden = stage(hidden, context)
     assert torch.equal(hidden, model(tokens_BT))
 
 
 def test_bf16_stays_near_fp32():
     model = randomized_model(CONFIGS["llama_gqa_tied"])
     tokens_BT = random_tokens(model.config, 2, 24)
-    nll_fp32, num_labels = token_loss(model(tokens_BT[:, :-1]), tokens_BT[:, 1:])
-    nll_bf16, _ = token_loss(model.bfloat16()(tokens_BT[:, :-1]), tokens_BT[:, 1:])
+    inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    nll_fp32 = model(inputs_BT, labels_BT=labels_BT)
+    nll_bf16 = model.bfloat16()(inputs_BT, labels_BT=labels_BT)
     assert nll_bf16.dtype == torch.float32
-    assert abs((nll_bf16 - nll_fp32) / num_labels) < 0.02
+    assert abs((nll_bf16 - nll_fp32) / labels_BT.numel()) < 0.02
 
 
 @pytest.mark.parametrize("config", [CONFIGS["gpt2"], CONFIGS["llama"]], ids=["gpt2", "llama"])

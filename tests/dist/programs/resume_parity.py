@@ -1,6 +1,7 @@
 """Runs one rank of the resume test: trains, saves half-way, loads into a new engine, and compares to the bit.
 
-Arguments: a folder, and a JSON list of cases {zero_stage, dtype, resumed_stage}. Rank 0 prints one JSON result a case.
+Arguments: a folder, and a JSON list of cases {zero_stage, dtype, resumed_stage, offload}. Rank 0 prints one JSON result
+a case.
 """
 
 import json
@@ -16,22 +17,23 @@ from megascale.checkpoint.load import load_pieces
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.config.training import PrecisionConfig
+from megascale.engine.base import EngineSettings
+from megascale.model.transformer import build_model
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
 from tests.dist.programs.zero_parity import CLIP, LEARNING_RATE, ROWS, SEQ_LEN, adamw, objective
 from tests.support.tiny import ODD_GPT2, batch_of_rows, build_tiny_engine, random_rows
-from megascale.model.transformer import build_model
 
 HALF, STEPS = 4, 8
 RECORD = RunRecord("run", {}, "config", {}, {})
 
 
-def new_engine(zero_stage: int, dtype: str, mesh, seed: int):
+def new_engine(zero_stage: int, dtype: str, mesh, seed: int, offload: str = "none"):
     """An engine over a model that only the seed decides; a resumed one starts from another seed."""
     model = build_model(ODD_GPT2, seed)
     precision = PrecisionConfig(dtype=dtype, initial_loss_scale_log2=24, loss_scale_window_steps=3)
-    return build_tiny_engine(model, adamw(model), objective, mesh, precision, zero_stage=zero_stage, clip_norm=CLIP,
-                        micro_batch_size=2)
+    settings = EngineSettings(zero_stage, CLIP, micro_batch_size=2, offload_optimizer=offload)
+    return build_tiny_engine(model, adamw(model), objective, mesh, precision, settings, model.placements())
 
 
 def take_steps(engine, mesh, first: int, stop: int) -> list[tuple]:
@@ -53,14 +55,14 @@ def bits(engine) -> dict[tuple, bytes]:
 
 
 def run_case(case: dict, folder: Path, mesh) -> dict:
-    first = new_engine(case["zero_stage"], case["dtype"], mesh, seed=1)
+    first = new_engine(case["zero_stage"], case["dtype"], mesh, seed=1, offload=case.get("offload", "none"))
     outputs = take_steps(first, mesh, 0, HALF)
     state = RunState.at_start()
     state = type(state)(**{**vars(state), "step": HALF, "optimizer_scalars": first.scalars()})
     save_checkpoint(folder, RECORD, state, first.state_pieces(), comm=mesh, keep_last=1)
     outputs += take_steps(first, mesh, HALF, STEPS)
 
-    second = new_engine(case["resumed_stage"], case["dtype"], mesh, seed=2)
+    second = new_engine(case["resumed_stage"], case["dtype"], mesh, seed=2, offload=case.get("offload", "none"))
     take_steps(second, mesh, STEPS, STEPS + 1)  # whatever it holds by then must be gone after loading
     found = find_checkpoint(folder, run_id="run", comm=mesh)
     load_pieces(found, second.state_pieces(), comm=mesh)

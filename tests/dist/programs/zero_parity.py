@@ -9,10 +9,11 @@ import sys
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from megascale.config.model import ModelConfig
 from megascale.config.training import PrecisionConfig
-from megascale.model.loss import token_loss
+from megascale.engine.base import EngineSettings
 from megascale.model.recompute import set_recompute
 from megascale.model.transformer import build_model
 from megascale.parallel.layout import Layout
@@ -29,8 +30,8 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
 
 
-def objective(module, batch, step):
-    return token_loss(module(batch.tokens_BT), batch.labels_BT)[0]
+def objective(batch, step):
+    return batch.tokens_BT, None, batch.labels_BT
 
 
 def plain_run(config: ModelConfig) -> list[tuple[float, float]]:
@@ -39,7 +40,9 @@ def plain_run(config: ModelConfig) -> list[tuple[float, float]]:
     optimizer, curve = adamw(model), []
     for step in range(STEPS):
         batch = batch_of_rows(random_rows(config.vocab_size, ROWS, SEQ_LEN, seed=step), range(ROWS))
-        nll, count = token_loss(model(batch.tokens_BT), batch.labels_BT)
+        logits_NV = model(batch.tokens_BT).flatten(0, 1)
+        nll = F.cross_entropy(logits_NV, batch.labels_BT.flatten(), ignore_index=-100, reduction="sum")
+        count = (batch.labels_BT != -100).sum()
         (nll / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -53,10 +56,8 @@ def sharded_run(config: ModelConfig, case: SimpleNamespace, mesh) -> list[tuple[
     model = build_model(config, seed=1)
     precision = PrecisionConfig(dtype=case.dtype, initial_loss_scale_log2=10)
     set_recompute(model, getattr(case, "recompute", "none"))
-    engine = build_tiny_engine(
-        model, adamw(model), objective, mesh, precision, zero_stage=case.zero_stage, clip_norm=CLIP,
-        micro_batch_size=case.micro_batch_size,
-    )
+    settings = EngineSettings(case.zero_stage, CLIP, case.micro_batch_size)
+    engine = build_tiny_engine(model, adamw(model), objective, mesh, precision, settings, model.placements())
     curve, share = [], ROWS // mesh.layout.dp
     own = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
     for step in range(STEPS):

@@ -39,11 +39,11 @@ def pausing(owner, name: str, phase: str, step_of) -> None:
 
 def main() -> None:
     pause("import", 0)
-    from megascale.engine import zero01
+    from megascale.engine.micro_batches import MicroBatchRunner
     from megascale.train import loop, rank, setup
 
-    pausing(setup, "build_engine", "setup", lambda *_, **options: 0)
-    pausing(zero01, "run_micro_batches", "forward", lambda model, batches, objective, step, *_: step)
+    pausing(setup, "build_run_engine", "setup", lambda *_, **options: 0)
+    pausing(MicroBatchRunner, "run", "forward", lambda runner, micro_batches, step, scale: step)
     pausing(loop, "evaluate", "evaluate", lambda run, step, max_rows: step)
     pausing(loop, "save_checkpoint", "save", lambda folder, record, state, *_, **options: state.step)
     rank.main(sys.argv[1:])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megascale.train import rank, setup
+from megascale.train import build, rank
 
 PLAN = json.loads(Path(os.environ["MEGASCALE_TEST_PLAN"]).read_text())
 RANK = int(os.environ["RANK"])
@@ -25,15 +25,18 @@ def is_poisoned() -> bool:
     return PLAN["rank"] == RANK and position["step"] in PLAN["steps"]
 
 
-def poison_objective(objective):
-    """The objective, which also tells the hook of the gradient which step it is."""
+def follow_steps(objective):
+    """The objective, which also tells the hooks which step it is."""
 
-    def poisoned(module, batch, step):
+    def prepare(batch, step):
         position["step"] = step
-        loss = objective(module, batch, step)
-        return loss * VALUE if PLAN["parameter"] is None and module.training and is_poisoned() else loss
+        return objective(batch, step)
 
-    return poisoned
+    return prepare
+
+
+def poison_loss(model, arguments: tuple, loss: torch.Tensor) -> torch.Tensor | None:
+    return loss * VALUE if model.training and is_poisoned() else None
 
 
 def poison_gradient(gradient: torch.Tensor) -> torch.Tensor | None:
@@ -66,16 +69,18 @@ def hash_state(engine) -> str:
 
 
 def main() -> None:
-    original = setup.build_engine
+    original = build.build_engine
 
-    def build_engine(model, optimizer, objective, *arguments, **options):
-        if PLAN["parameter"] is not None:
+    def build_engine(model, optimizer, objective, *arguments):
+        if PLAN["parameter"] is None:
+            model.register_forward_hook(poison_loss)
+        else:
             model.get_parameter(PLAN["parameter"]).register_hook(poison_gradient)
-        engine = original(model, optimizer, poison_objective(objective), *arguments, **options)
+        engine = original(model, optimizer, follow_steps(objective), *arguments)
         note_steps(engine)
         return engine
 
-    setup.build_engine = build_engine
+    build.build_engine = build_engine
     rank.main(sys.argv[1:])
 
 

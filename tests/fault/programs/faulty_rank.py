@@ -13,6 +13,7 @@ from pathlib import Path
 from megascale.checkpoint import save as save_module
 from megascale.engine import zero01
 from megascale.engine.flat_zero import FlatZeroOptimizer
+from megascale.engine.micro_batches import MicroBatchRunner
 from megascale.observe.logger import Logger
 from megascale.train import rank
 
@@ -60,8 +61,8 @@ def keep_ledger() -> None:
 
 def main() -> int:
     keep_ledger()
-    dying(zero01, "run_micro_batches", "forward")
-    dying(zero01, "run_micro_batches", "backward", after=True)
+    dying(MicroBatchRunner, "run", "forward")
+    dying(MicroBatchRunner, "run", "backward", after=True)
     dying(FlatZeroOptimizer, "reduce_gradients", "reduce", after=True)
     dying(FlatZeroOptimizer, "update_lp_params", "update")
     dying(zero01.WholeGradientEngine, "evaluate", "evaluate")

@@ -1,0 +1,319 @@
+"""How many bytes a rank sends in a step, in closed form: what the papers say, and by how much we are above it.
+
+Symbols: L blocks of this rank, B rows of a micro-batch, M micro-batches, A = T / cp positions of attention, t = A / tp
+with sequence shards and A without, D d_model, H heads, K kv heads, C head_dim, V padded vocabulary, P parameters of
+this rank, e bytes of an activation and a parameter. A collective over n ranks of x bytes on its larger side sends
+x (n-1)/n from each, an all-reduce twice that.
+
+Sources: tensor parallelism Shoeybi et al. 2019, section 3; sequence shards Korthikanti et al. 2022, section 4.2.2;
+ZeRO Rajbhandari et al. 2020, section 7; pipeline Narayanan et al. 2021, section 3.1; Ulysses Jacobs et al. 2023,
+section 3.2; ring Liu et al. 2023, section 3.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+
+from bench.layout_cases import LayoutCase
+from megascale.model.flops import layer_costs, num_block_weights
+from megascale.parallel.stages import plan_stages, rank_of_stage, stages_of_rank
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ALIGNMENT = 2
+"""Each rank's share of a flat parameter group is a multiple of this many elements."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One kind of traffic of a rank.
+
+    Attributes:
+        axis, kind: as the counter names them.
+        what: in words.
+        formula: in the symbols above.
+        sent: bytes per step.
+        reason: why it is there though the paper moves nothing for it; empty for the paper's own.
+    """
+
+    axis: str
+    kind: str
+    what: str
+    formula: str
+    sent: float
+    reason: str = ""
+
+
+def part(size: float, ranks: int) -> float:
+    """What a rank sends in an all-gather, reduce-scatter or all-to-all whose larger side has this size."""
+    return size * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of one rank by how the engine treats them.
+
+    Attributes:
+        matrices, vectors: decayed and other ones; each kind is one flat group.
+        whole_matrices, whole_vectors: those of them that tp doesn't cut.
+        tied: rows of a tied table of which the pipeline's other end has a copy.
+    """
+
+    matrices: int
+    vectors: int
+    whole_matrices: int
+    whole_vectors: int
+    tied: int
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.vectors
+
+
+class RankShare:
+    """What one rank of a case has of the model and of a step."""
+
+    def __init__(self, case: LayoutCase, rank: int):
+        self.case, self.config, self.derived = case, case.config(), case.derived()
+        self.model, self.parallel, self.train = self.config.model, self.config.parallel, self.config.train
+        self.at = case.layout().coordinates(rank)
+        self.zero_ranks = self.derived.dp * self.parallel.cp
+        self.bytes = BYTES[case.dtype]
+        self.micro_batches = self.derived.num_micro_batches
+
+    @cached_property
+    def stage_plan(self) -> list[range]:
+        """Layers of every stage of the model."""
+        costs = layer_costs(self.model, self.train.seq_len)
+        return plan_stages(costs, self.parallel.num_stages, self.parallel.stage_layers)
+
+    @cached_property
+    def stages(self) -> list[int]:
+        """Stages of this rank."""
+        parallel = self.parallel
+        return stages_of_rank(parallel.schedule, parallel.pp, parallel.stages_per_rank, self.at["pp"])
+
+    @cached_property
+    def layers(self) -> set[int]:
+        """Layers of this rank: 0 the embedding, 1 to L the blocks, then the final norm and the head."""
+        return {layer for stage in self.stages for layer in self.stage_plan[stage]}
+
+    @property
+    def has_embedding(self) -> bool:
+        return 0 in self.layers
+
+    @property
+    def has_norm(self) -> bool:
+        return self.model.num_layers + 1 in self.layers
+
+    @property
+    def has_head(self) -> bool:
+        return self.model.num_layers + 2 in self.layers
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.layers & set(range(1, self.model.num_layers + 1)))
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of the hidden state of a micro-batch, at all positions of attention."""
+        return self.train.micro_batch_size * self.derived.attention_columns * self.model.d_model * self.bytes
+
+    @cached_property
+    def parameters(self) -> ParameterCounts:
+        """This rank's parameters, without padding."""
+        model, tp = self.model, self.parallel.tp
+        table = model.padded_vocab_size * model.d_model // tp
+        positions = model.max_seq_len * model.d_model if model.family == "gpt2" else 0
+        norm = model.d_model * (2 if model.family == "gpt2" and model.has_bias else 1)
+        qkv_biases = (model.num_heads + 2 * model.kv_heads) * model.head_dim
+        up_biases = model.ffn_dim * (1 if model.family == "gpt2" else 2)
+        cut_biases = (qkv_biases + up_biases) // tp if model.has_bias else 0
+        whole_vectors = self.num_blocks * (2 * norm + 2 * model.d_model * model.has_bias) + norm * self.has_norm
+        holds_tie_twice = model.is_tied and self.has_embedding and self.has_head
+        tables = self.has_embedding + self.has_head - holds_tie_twice
+        whole_matrices = positions * self.has_embedding
+        return ParameterCounts(
+            matrices=self.num_blocks * num_block_weights(model) // tp + table * tables + whole_matrices,
+            vectors=self.num_blocks * cut_biases + whole_vectors,
+            whole_matrices=whole_matrices,
+            whole_vectors=whole_vectors,
+            tied=table if model.is_tied and self.has_embedding != self.has_head else 0,
+        )
+
+    def flat_parameters(self, ranks: int) -> int:
+        """Elements of both flat groups with their padding, each shared out over some ranks."""
+        unit = ALIGNMENT * ranks
+        return sum(max(1, -(-group // unit)) * unit for group in (self.parameters.matrices, self.parameters.vectors))
+
+
+def all_terms(case: LayoutCase, rank: int) -> list[Term]:
+    """Everything that a rank sends in a step."""
+    share = RankShare(case, rank)
+    makers = (tensor_terms, head_terms, partial_terms, context_terms, pipeline_terms, zero_terms, scalar_terms)
+    return [term for make in makers for term in make(share) if term.sent]
+
+
+def tensor_terms(share: RankShare) -> Iterator[Term]:
+    """Tensor parallelism inside the blocks, and of the embedding."""
+    tp, model = share.parallel.tp, share.model
+    one = share.micro_batches * part(share.hidden, tp)
+    blocks, embedding = one * share.num_blocks, one * share.has_embedding
+    if not share.parallel.is_sequence_parallel:
+        yield Term("tp", "all_reduce", "blocks: 2 sums forward, 2 backward", "8 L M BADe (n-1)/n", 8 * blocks)
+        yield Term("tp", "all_reduce", "embedding: its output", "2 M BADe (n-1)/n", 2 * embedding)
+    else:
+        yield Term("tp", "all_gather", "blocks: 2 forward, 2 backward", "4 L M BADe (n-1)/n", 4 * blocks)
+        yield Term("tp", "reduce_scatter", "blocks: 2 forward, 2 backward", "4 L M BADe (n-1)/n", 4 * blocks)
+        yield Term("tp", "all_gather", "blocks: inputs again, for weight gradients", "2 L M BADe (n-1)/n", 2 * blocks,
+                   "only the shard is kept; in Korthikanti too, beside the count, behind the inputs' gradient")
+        yield Term("tp", "reduce_scatter", "embedding: its output", "M BADe (n-1)/n", embedding)
+        yield Term("tp", "all_gather", "embedding: gradient of it", "M BADe (n-1)/n", embedding)
+    kv = max(1, tp // model.kv_heads)
+    group = (model.num_heads // model.kv_heads + 2) * model.head_dim
+    heads = share.num_blocks * share.micro_batches * part(share.hidden / model.d_model * group, kv)
+    for kind, when in (("all_gather", "forward"), ("reduce_scatter", "backward")):
+        yield Term("kv", kind, f"blocks: a kv head's group of heads, {when}", "L M BA (H/K + 2) C e (k-1)/k", heads,
+                   "more tp ranks than kv heads: no parameter is held twice, so its product is shared instead")
+
+
+def head_terms(share: RankShare) -> Iterator[Term]:
+    """The head and the cross-entropy over a vocabulary that is cut."""
+    tp = share.parallel.tp
+    one = share.micro_batches * part(share.hidden, tp) * share.has_head
+    if not share.parallel.is_sequence_parallel:
+        yield Term("tp", "all_reduce", "head: gradient of its input", "2 M BADe (n-1)/n", 2 * one)
+    else:
+        yield Term("tp", "all_gather", "head: its input", "M BADe (n-1)/n", one)
+        yield Term("tp", "reduce_scatter", "head: gradient of its input", "M BADe (n-1)/n", one)
+    positions = share.train.micro_batch_size * share.derived.attention_columns * share.has_head
+    yield Term("tp", "all_reduce", "cross-entropy: top score, sum, label's score of each position", "24 M BA (n-1)/n",
+               2 * share.micro_batches * part(12 * positions, tp))
+
+
+def partial_terms(share: RankShare) -> Iterator[Term]:
+    """Gradients of which each rank of an axis has a part, summed in fp32."""
+    counts, parallel = share.parameters, share.parallel
+    whole = counts.whole_matrices + counts.whole_vectors
+    if parallel.is_sequence_parallel:
+        # ZeRO-0 and 1 sum once a step. ZeRO-2 and 3 reduce in every micro-batch, so this has to come before it.
+        times = 1 if parallel.zero_stage < 2 else share.micro_batches
+        sums = 2 * part(4 * whole, parallel.tp)
+        yield Term("tp", "all_reduce", "gradients of norms and other whole parameters", "8 W (n-1)/n", sums)
+        yield Term("tp", "all_reduce", "the same, in other micro-batches", "8 W (M-1) (n-1)/n", (times - 1) * sums,
+                   "DeepSpeed's ZeRO-2 and 3 reduce gradients in every micro-batch")
+    yield Term("ends", "all_reduce", "gradient of the tied table", "4 VD/tp", 2 * part(4 * counts.tied, 2))
+
+
+def pipeline_terms(share: RankShare) -> Iterator[Term]:
+    """Hidden states and their gradients between stages on different ranks."""
+    parallel = share.parallel
+    shards = parallel.tp if parallel.is_sequence_parallel else 1
+    last = parallel.num_stages - 1
+
+    def is_elsewhere(stage: int) -> bool:
+        return 0 <= stage <= last and rank_of_stage(parallel.schedule, parallel.pp, stage) != share.at["pp"]
+
+    sends = sum(is_elsewhere(stage + step) for stage in share.stages for step in (1, -1))
+    yield Term("pp", "send", f"{sends} hidden states or gradients a micro-batch", "M BtDe each",
+               sends * share.micro_batches * share.hidden / shards)
+
+
+def context_terms(share: RankShare) -> Iterator[Term]:
+    """Attention over positions that are cut."""
+    parallel, model, cp = share.parallel, share.model, share.parallel.cp
+    heads, kv_heads = model.num_heads // parallel.tp, max(1, model.kv_heads // parallel.tp)
+    times = share.num_blocks * share.micro_batches
+    head = times * share.hidden / model.d_model * model.head_dim  # bytes of one head in all blocks
+    if parallel.context_attention == "ring":
+        one = 2 * kv_heads * head * (cp - 1)
+        yield Term("cp", "send", "keys and values, forward", "2 L M BAKC e (n-1)", one)
+        yield Term("cp", "send", "keys and values again, backward", "2 L M BAKC e (n-1)", one)
+        yield Term("cp", "send", "gradients of keys and values", "2 L M BAKC e (n-1)", one)
+        yield Term("cp", "send", "the same in fp32", "2 L M BAKC (4 - e) (n-1)", one * (4 / share.bytes - 1),
+                   "they add up on the way, over n ranks")
+        return
+    wide = lcm(kv_heads, cp)
+    for when in ("forward", "backward"):
+        yield Term("cp", "all_to_all", f"queries, keys, values and result, {when}", "L M BA (2H + 2K) C e (n-1)/n",
+                   part(2 * (heads + kv_heads) * head, cp))
+        yield Term("cp", "all_to_all", f"kv heads repeated, {when}", "L M BA (2K' - 2K) C e (n-1)/n",
+                   part(2 * (wide - kv_heads) * head, cp), "n doesn't divide the kv heads")
+
+
+def zero_terms(share: RankShare) -> Iterator[Term]:
+    """Gradients and parameters over the ranks that hold the same ones."""
+    makers = {0: whole_terms, 1: optimizer_share_terms, 2: gradient_share_terms, 3: parameter_share_terms}
+    yield from makers[share.parallel.zero_stage](share)
+
+
+def whole_terms(share: RankShare) -> Iterator[Term]:
+    """ZeRO-0: as in plain data parallelism."""
+    yield from gradient_terms(share, "all_reduce", 2 * share.flat_parameters(ranks=1))
+
+
+def optimizer_share_terms(share: RankShare) -> Iterator[Term]:
+    """ZeRO-1."""
+    elements = share.flat_parameters(share.zero_ranks)
+    yield from gradient_terms(share, "reduce_scatter", elements)
+    yield Term("zero", "all_gather", "parameters", "P e (n-1)/n", part(share.bytes * elements, share.zero_ranks))
+
+
+def gradient_terms(share: RankShare, kind: str, elements: int) -> Iterator[Term]:
+    """Gradients once a step."""
+    factor = "2 " if kind == "all_reduce" else ""
+    yield Term("zero", kind, "gradients", f"{factor}P e (n-1)/n", part(share.bytes * elements, share.zero_ranks))
+    yield Term("zero", kind, "the same in fp32", f"{factor}P (4 - e) (n-1)/n",
+               part((4 - share.bytes) * elements, share.zero_ranks),
+               "sums over ranks and micro-batches are in fp32; the paper's are in 16 bits")
+
+
+def gradient_share_terms(share: RankShare) -> Iterator[Term]:
+    """ZeRO-2."""
+    elements, ranks = share.flat_parameters(share.zero_ranks), share.zero_ranks
+    yield from micro_batch_gradient_terms(share, "all_reduce")
+    yield Term("zero", "all_reduce", "all-reduce, of which a rank keeps its share", "4 P M (n-1)/n",
+               share.micro_batches * part(4 * share.parameters.total, ranks), "DeepSpeed has no reduce-scatter here")
+    yield Term("zero", "all_gather", "parameters", "P e (n-1)/n", part(share.bytes * elements, ranks))
+
+
+def parameter_share_terms(share: RankShare) -> Iterator[Term]:
+    """ZeRO-3 of a model whose parameters all fit DeepSpeed's limit of 1e9 live ones, matrices over 1e5 elements.
+
+    Rajbhandari et al. 2020, section 7.2.2, have a second gather before backward (3 P in all); here it is saved, at the
+    price of whole parameters between the two passes.
+    """
+    counts, ranks = share.parameters, share.zero_ranks
+    yield from micro_batch_gradient_terms(share, "reduce_scatter")
+    gathered = part(share.bytes * counts.matrices, ranks)
+    yield Term("zero", "all_gather", "matrices, forward; kept until backward", "P e (n-1)/n", gathered)
+    yield Term("zero", "all_gather", "the same, in other micro-batches", "P e (M-1) (n-1)/n",
+               (share.micro_batches - 1) * gathered, "given back after each backward pass")
+    yield Term("zero", "all_gather", "vectors, once a step", "P e (n-1)/n", part(share.bytes * counts.vectors, ranks))
+
+
+def micro_batch_gradient_terms(share: RankShare, kind: str) -> Iterator[Term]:
+    """One share of the gradients, in every micro-batch."""
+    counts, ranks = share.parameters, share.zero_ranks
+    yield Term("zero", kind, "gradients", "P e (n-1)/n", part(share.bytes * counts.total, ranks))
+    yield Term("zero", kind, "the same in fp32", "P (4 - e) (n-1)/n", part((4 - share.bytes) * counts.total, ranks),
+               "sums over ranks and micro-batches are in fp32; the paper's are in 16 bits")
+    yield Term("zero", kind, "the same, in other micro-batches", "4 P (M-1) (n-1)/n",
+               (share.micro_batches - 1) * part(4 * counts.total, ranks),
+               "a rank has room for its share of the gradients only")
+
+
+def scalar_terms(share: RankShare) -> Iterator[Term]:
+    """Loss, norm and overflow."""
+    layout, stage = share.case.layout(), share.parallel.zero_stage
+    yield Term("loss", "all_reduce", "loss of the step", "8 (n-1)/n", 2 * part(4, layout.world_size // layout.tp))
+    model_ranks = layout.pp * layout.tp
+    if stage < 2:
+        axis, ranks = ("world", layout.world_size) if stage else ("model", model_ranks)
+        yield Term(axis, "all_reduce", "gradient norm", "8 (n-1)/n", 2 * part(4, ranks))
+        return
+    is_checked = layout.tp > 1 or (stage == 2 and share.case.dtype != "fp32")
+    size = 2 * (4 if stage == 2 else 8) + is_checked
+    for axis, ranks in (("zero", share.zero_ranks), ("model", model_ranks)):
+        yield Term(axis, "all_reduce", "gradient norm of each group, overflow flag", f"{2 * size} (n-1)/n",
+                   2 * part(size, ranks))

@@ -1,0 +1,124 @@
+"""Layouts under test: each trains the same tiny model on the same rows as the plain single-process loop."""
+
+from dataclasses import dataclass, field
+
+from megascale.config.load import parse_config
+from megascale.config.schema import RunConfig
+
+ROWS, SEQ_LEN, STEPS, CLIP_NORM, LEARNING_RATE, SEED = 8, 16, 20, 0.5, 3e-3, 1
+END_OF_DOCUMENT = 7
+
+MODELS = {
+    "llama": {"family": "llama", "num_layers": 4, "num_kv_heads": 2, "d_ff": 48},
+    "llama_one_kv_head": {"family": "llama", "num_layers": 2, "num_kv_heads": 1, "d_ff": 48},
+    "llama_uneven": {"family": "llama", "num_layers": 5, "num_kv_heads": 2, "d_ff": 48},
+    "llama_window": {"family": "llama", "num_layers": 2, "num_kv_heads": 2, "d_ff": 48, "window": 5},
+    "gpt2": {"family": "gpt2", "num_layers": 4},
+    "gpt2_dropout": {"family": "gpt2", "num_layers": 2, "dropout": 0.2},
+}
+"""All with d_model 32, 4 heads and 61 ids padded to 64; gpt2 has tied embeddings, biases and learned positions."""
+ROW_BY_ROW = {"micro_batch_size": 1}
+COMPILED = {"compile": True}
+
+
+@dataclass(frozen=True)
+class LayoutCase:
+    """One layout of one model.
+
+    Attributes:
+        ranks: number of ranks.
+        parallel, train, precision, data: what the config's sections say beside the defaults.
+    """
+
+    name: str
+    ranks: int
+    parallel: dict
+    model: str = "llama"
+    train: dict = field(default_factory=dict)
+    precision: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+
+
+def case_config(case: LayoutCase) -> RunConfig:
+    """The run config of a case."""
+    shape = {"d_model": 32, "num_heads": 4, "vocab_size": 61, "max_seq_len": 32}
+    return parse_config({
+        "run": {"name": "parity", "folder": "unused", "seed": SEED},
+        "model": MODELS[case.model] | shape,
+        "data": {"folder": "unused"} | case.data,
+        "train": {"seq_len": SEQ_LEN, "micro_batch_size": 2, "global_batch_tokens": ROWS * SEQ_LEN, "max_steps": STEPS}
+        | case.train,
+        "optimizer": {"learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM, "schedule": "constant"},
+        "precision": {"dtype": "fp32", "initial_loss_scale_log2": 10} | case.precision,
+        "parallel": {"zero_stage": 1} | case.parallel,
+        "evaluate": {"interval_steps": 1000},
+        "checkpoint": {"interval_steps": 1000},
+    }, source=case.name)
+
+
+def _pipelines() -> list[LayoutCase]:
+    """Every schedule, at pp 2 x dp 2."""
+    schedules = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zero_bubble_v", "dualpipe_v")
+    return [
+        LayoutCase(f"pp2_dp2_{schedule}", 4, {"pp": 2, "schedule": schedule}, "gpt2", train=ROW_BY_ROW)
+        for schedule in schedules
+    ]
+
+
+CASES = {case.name: case for case in [
+    LayoutCase("tp2", 2, {"tp": 2}),
+    LayoutCase("tp2_without_sequence_shards", 2, {"tp": 2, "sequence_parallel": False}),
+    LayoutCase("tp2_gpt2", 2, {"tp": 2}, "gpt2"),
+    LayoutCase("tp4", 4, {"tp": 4}),
+    LayoutCase("tp4_gpt2_dropout", 4, {"tp": 4}, "gpt2_dropout"),
+    LayoutCase("tp2_dropout_without_sequence_shards", 2, {"tp": 2, "sequence_parallel": False}, "gpt2_dropout"),
+    LayoutCase("tp4_one_kv_head", 4, {"tp": 4}, "llama_one_kv_head"),
+    LayoutCase("tp2_dp2_zero0", 4, {"tp": 2, "zero_stage": 0}),
+    LayoutCase("tp2_dp2_zero1", 4, {"tp": 2, "zero_stage": 1}),
+    LayoutCase("tp2_dp2_zero2", 4, {"tp": 2, "zero_stage": 2}),
+    LayoutCase("tp2_dp2_zero3", 4, {"tp": 2, "zero_stage": 3}),
+    LayoutCase("pp2", 2, {"pp": 2}),
+    LayoutCase("pp2_zero0", 2, {"pp": 2, "zero_stage": 0}, "gpt2"),
+    LayoutCase("pp2_documents", 2, {"pp": 2}, "gpt2", data={"document_mask": True}),
+    LayoutCase("pp4", 4, {"pp": 4}),
+    LayoutCase("pp2_uneven_layers", 2, {"pp": 2}, "llama_uneven"),
+    LayoutCase("pp2_split_by_hand", 2, {"pp": 2, "stage_layers": [1, 3]}, "gpt2"),
+    LayoutCase("pp2_dropout", 2, {"pp": 2}, "gpt2_dropout"),
+    *_pipelines(),
+    LayoutCase("cp2_ring", 2, {"cp": 2}),
+    LayoutCase("cp2_ulysses", 2, {"cp": 2, "context_attention": "ulysses"}),
+    LayoutCase("cp2_ring_documents", 2, {"cp": 2}, "gpt2", data={"document_mask": True}),
+    LayoutCase("cp2_ulysses_documents", 2, {"cp": 2, "context_attention": "ulysses"}, data={"document_mask": True}),
+    LayoutCase("cp2_ring_window", 2, {"cp": 2}, "llama_window"),
+    LayoutCase("cp2_dropout", 2, {"cp": 2}, "gpt2_dropout"),
+    LayoutCase("cp4_ring", 4, {"cp": 4, "zero_stage": 0}),
+    LayoutCase("cp2_dp2_zero2", 4, {"cp": 2, "zero_stage": 2}),
+    LayoutCase("cp2_dp2_zero3", 4, {"cp": 2, "zero_stage": 3}),
+    LayoutCase("cp2_tp2_ring", 4, {"cp": 2, "tp": 2}),
+    LayoutCase("cp2_tp2_ulysses", 4, {"cp": 2, "tp": 2, "context_attention": "ulysses"}),
+    LayoutCase("tp2_pp2", 4, {"tp": 2, "pp": 2}, "gpt2"),
+    LayoutCase("pp2_cp2", 4, {"pp": 2, "cp": 2}, "gpt2"),
+    LayoutCase("tp2_recompute_full", 2, {"tp": 2}, train={"recompute": "full"}),
+    LayoutCase("tp2_recompute_selective", 2, {"tp": 2}, train={"recompute": "selective"}),
+    LayoutCase("tp2_recompute_attention", 2, {"tp": 2},
+               train={"recompute": "selective", "recompute_parts": ["attention"]}),
+    LayoutCase("pp2_recompute_every_second", 2, {"pp": 2}, train={"recompute": "full", "recompute_every": 2}),
+    LayoutCase("pp2_zero_bubble_recompute", 2, {"pp": 2, "schedule": "zero_bubble"}, train={"recompute": "full"}),
+    LayoutCase("tp2_offloaded_activations", 2, {"tp": 2}, train={"offload_activations": True}),
+    LayoutCase("tp2_one_micro_batch", 2, {"tp": 2}, train={"micro_batch_size": 8}),
+    LayoutCase("tp2_eight_micro_batches", 2, {"tp": 2}, train=ROW_BY_ROW),
+    LayoutCase("tp2_offloaded_optimizer", 2, {"tp": 2, "offload_optimizer": "cpu"}),
+    LayoutCase("tp2_pp2_dp2", 8, {"tp": 2, "pp": 2}, "gpt2"),
+    LayoutCase("tp2_pp2_dp2_interleaved", 8, {"tp": 2, "pp": 2, "schedule": "interleaved_1f1b"}, train=ROW_BY_ROW),
+    LayoutCase("tp2_pp2_dp2_zero_bubble_v", 8, {"tp": 2, "pp": 2, "schedule": "zero_bubble_v"}, "gpt2",
+               train=ROW_BY_ROW),
+    LayoutCase("tp2_cp2_pp2", 8, {"tp": 2, "cp": 2, "pp": 2}, "gpt2"),
+    LayoutCase("tp2_cp2_dp2_zero3", 8, {"tp": 2, "cp": 2, "zero_stage": 3}),
+    LayoutCase("tp2_compiled", 2, {"tp": 2}, "llama_one_kv_head", train=COMPILED),
+    LayoutCase("tp2_compiled_zero3", 2, {"tp": 2, "zero_stage": 3}, train=COMPILED),
+    LayoutCase("pp2_compiled", 2, {"pp": 2}, "gpt2_dropout", train=COMPILED),
+    LayoutCase("cp2_ring_compiled", 2, {"cp": 2}, train=COMPILED),
+    LayoutCase("cp2_ulysses_compiled", 2, {"cp": 2, "context_attention": "ulysses"}, train=COMPILED),
+    LayoutCase("tp2_compiled_recompute", 2, {"tp": 2}, train=COMPILED | {"recompute": "full"}),
+]}
+"""Every case by name; `make parity` runs them all, CI the representative ones."""
