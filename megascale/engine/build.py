@@ -95,6 +95,7 @@ def _build_partitioned(
         micro_batch_size=settings.micro_batch_size,
         initial_loss_scale_log2=precision.initial_loss_scale_log2,
         loss_scale_window_steps=precision.loss_scale_window_steps,
+        num_elements=sum(parameter.numel() for parameter in placements),
         is_offloaded=settings.offload_optimizer == "cpu",
         pins_memory=mesh.device.type == "cuda",
     )

@@ -6,10 +6,13 @@ communication), so the dict is made here from our own config and never written b
 
 from typing import Any
 
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients that travel together at most: 200 MB in fp32, enough to fill any link."""
+
 
 def deepspeed_config(
     *, zero_stage: int, dtype: str, clip_norm: float, micro_batch_size: int, initial_loss_scale_log2: int,
-    loss_scale_window_steps: int, is_offloaded: bool = False, pins_memory: bool = False,
+    loss_scale_window_steps: int, num_elements: int, is_offloaded: bool = False, pins_memory: bool = False,
 ) -> dict[str, Any]:
     """DeepSpeed's config for ZeRO-2 and ZeRO-3 with fp32 masters, accumulation and communication of gradients.
 
@@ -17,6 +20,7 @@ def deepspeed_config(
     updated by the optimizer that was given; DeepSpeed would rather have its own, which is compiled at the first start.
 
     Args:
+        num_elements: of all parameters of this rank. DeepSpeed's own bucket is 2 GB, whatever the model.
         is_offloaded: whether masters, moments and the update live in CPU memory.
         pins_memory: whether that memory is page-locked, for a GPU to read without a detour.
     """
@@ -37,7 +41,12 @@ def deepspeed_config(
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": clip_norm,
-        "zero_optimization": {"stage": zero_stage, "contiguous_gradients": True, "reduce_scatter": True} | offload,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": min(num_elements, BUCKET_ELEMENTS),
+        } | offload,
         "zero_force_ds_cpu_optimizer": False,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

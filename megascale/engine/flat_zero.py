@@ -83,6 +83,15 @@ class FlatZeroOptimizer(BF16_Optimizer):
         """Adds to a parameter's fp32 gradient what a pipeline schedule computed later than autograd's pass."""
         self.main_gradients[parameter].add_(gradient)
 
+    def _update_hp_grad(self, lp, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        """Adds a 16-bit gradient to the fp32 one in one pass; DeepSpeed's makes an fp32 copy of it first."""
+        if lp.grad is not None:
+            main = self.fp32_groups_gradients[group_idx][param_idx]
+            lp._hp_grad = main.add_(lp.grad.view(main.shape))
+            self.fp32_groups_has_gradients[group_idx][param_idx] = True
+            if clear_lp_grads:
+                lp.grad.zero_()
+
     def reduce_gradients(self, unscale: float) -> None:
         """Sums gradients over the replicas into this rank's partition and multiplies them by `unscale`.
 

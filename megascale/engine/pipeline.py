@@ -72,7 +72,7 @@ class Feed:
 
     def start(self, micro_batches: Sequence, step: int) -> None:
         """Takes the micro-batches of a step."""
-        self.micro_batches, self.step = micro_batches, step
+        self.micro_batches, self.step = [each.to(self.device) for each in micro_batches], step
         self.ready.clear()
 
     def take(self, index: int) -> tuple:
@@ -80,7 +80,7 @@ class Feed:
         fresh = (None, self.num_uses)
         prepared, uses_left = self.ready.pop(index, fresh)
         if prepared is None:
-            prepared = self.objective(self.micro_batches[index].to(self.device), self.step)
+            prepared = self.objective(self.micro_batches[index], self.step)
         if uses_left > 1:
             self.ready[index] = prepared, uses_left - 1
         return prepared

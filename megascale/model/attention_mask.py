@@ -42,16 +42,16 @@ class AttentionMask(NamedTuple):
         return self.documents_BT is None and self.window is None
 
 
-def cp_columns(num_positions: int, axes: Axes) -> torch.Tensor:
+def cp_columns(num_positions: int, axes: Axes, device: torch.device) -> torch.Tensor:
     """The columns of a row that this cp rank holds, rising.
 
     Ulysses: the rank-th of n equal parts. Ring: chunks r and 2n - 1 - r of 2n, since a late query sees more keys than
     an early one: such a pair has the same work on each rank.
 
-    Shape: (T,) int64 on the CPU.
+    Shape: (T,) int64, made on the device: a copy from the CPU would wait for it.
     Source: the pairing of chunks is that of Llama 3's training (Dubey et al. 2024, section 3.3.2).
     """
-    columns_T, cp = torch.arange(num_positions), axes.cp
+    columns_T, cp = torch.arange(num_positions, device=device), axes.cp
     if cp.size == 1 or axes.context_attention == "ulysses":
         return columns_T.chunk(cp.size)[cp.rank]
     chunks = columns_T.chunk(2 * cp.size)

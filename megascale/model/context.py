@@ -51,7 +51,7 @@ def build_context(
         documents_BT: number of the document of each position of the whole row; attention stays within documents and
             positions count from each one's start. None: a row is one document.
     """
-    columns_A = cp_columns(num_positions, axes).to(device)
+    columns_A = cp_columns(num_positions, axes, device)
     columns_T = columns_A.chunk(axes.tp.size)[axes.tp.rank] if axes.is_sequence_parallel else columns_A
     whole_row = torch.arange(num_positions, device=device)[None]
     positions = whole_row if documents_BT is None else restarted_positions(documents_BT)

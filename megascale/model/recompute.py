@@ -128,7 +128,8 @@ class KeepPolicy:
 
 def offloading(context: Context, device: torch.device) -> AbstractContextManager:
     """Within it, saved activations go to the CPU's memory. Parameters stay, and what all blocks share, the context."""
-    mover = Mover({each.data_ptr() for each in context if isinstance(each, torch.Tensor)}, device)
+    shared = {each.data_ptr() for part in (context, context.mask) for each in part if isinstance(each, torch.Tensor)}
+    mover = Mover(shared, device)
     return torch.autograd.graph.saved_tensors_hooks(mover.pack, mover.unpack)
 
 

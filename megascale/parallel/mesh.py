@@ -72,8 +72,9 @@ class Mesh:
         """Neighbouring tp ranks in runs of `size`: this rank's own run as an axis. Every rank calls it."""
         if size == 1:
             return ALONE
-        first = self.rank - self.tp.rank % size
-        return axis_of_group(dist.new_group(range(first, first + size), use_local_synchronization=True))
+        tp_groups = self.layout.groups_along(("tp",))
+        runs = [ranks[first : first + size] for ranks in tp_groups for first in range(0, len(ranks), size)]
+        return axis_of_group(make_groups(runs, self.rank))
 
     def control_sum(self, values: list[int], dtype: torch.dtype = torch.int64) -> list:
         """Adds up a few numbers over all ranks. Cost: one all-reduce of 8 bytes a value on CPU."""
@@ -158,7 +159,7 @@ def join_ranks(info: RankInfo, timeout_s: float) -> torch.device:
 
 def lay_out_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
     """Makes the groups of a layout over the ranks that have joined. Every rank calls it."""
-    groups = {axes: own_group(layout, axes, rank) for axes in GROUPS}
+    groups = {axes: make_groups(layout.groups_along(axes), rank) for axes in GROUPS}
     tp, cp, pp = (axis_of_group(groups[axis,]) for axis in ("tp", "cp", "pp"))
     return Mesh(
         layout=layout,
@@ -183,15 +184,15 @@ def close_mesh() -> None:
         dist.destroy_process_group()
 
 
-def own_group(layout: Layout, axes: tuple[str, ...], rank: int) -> dist.ProcessGroup:
-    """Makes every group along some axes, as all ranks must in the same order, and returns the one with this rank."""
-    made = [(ranks, dist.new_group(ranks)) for ranks in layout.groups_along(axes)]
-    return next(group for ranks, group in made if rank in ranks)
+def make_groups(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """Makes every group, as all ranks must in the same order; gives the one with this rank, None where none has it."""
+    made = [(ranks, dist.new_group(ranks)) for ranks in groups]
+    return next((group for ranks, group in made if rank in ranks), None)
 
 
 def pipeline_ends(layout: Layout, rank: int) -> Axis:
-    """The first and the last pipeline rank as an axis; one of size 1 for ranks between them."""
-    ranks = layout.ranks_along(("pp",), rank)
-    if rank not in (ranks[0], ranks[-1]) or len(ranks) == 1:
+    """The first and the last pipeline rank as an axis; one of size 1 for ranks between them. Every rank calls it."""
+    if layout.pp == 1:
         return ALONE
-    return axis_of_group(dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True))
+    group = make_groups([[ranks[0], ranks[-1]] for ranks in layout.groups_along(("pp",))], rank)
+    return ALONE if group is None else axis_of_group(group)

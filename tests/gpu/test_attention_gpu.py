@@ -61,7 +61,7 @@ def assert_near(expected: list[torch.Tensor], found: list[torch.Tensor], toleran
 def test_whole_rows(kind, dtype, is_compiled):
     documents_BT, window = make_mask_inputs(kind)
     device = torch.device("cuda", 0)
-    mask = build_mask(cp_columns(POSITIONS, ONE_RANK).to(device), documents_BT, window, ONE_RANK, device)
+    mask = build_mask(cp_columns(POSITIONS, ONE_RANK, device), documents_BT, window, ONE_RANK, device)
     assert (mask.flex is not None) == (kind != "plain")
     q, k, v, grad = make_heads(dtype)
     heads = [part.requires_grad_() for part in (q, k, v)]
@@ -82,7 +82,7 @@ def test_tiles_of_a_ring(kind, dtype, num_ranks):
     found = [torch.zeros_like(by_head[i], dtype=torch.float32) for i in (0, 0, 1, 2)]
     lse = torch.full(by_head[0].shape[:3], NOTHING_SEEN, device="cuda")
     axes = [Axes(cp=Axis(size=num_ranks, rank=rank)) for rank in range(num_ranks)]
-    columns = [cp_columns(POSITIONS, axis).cuda() for axis in axes]
+    columns = [cp_columns(POSITIONS, axis, torch.device("cuda")) for axis in axes]
 
     def tiles(rank: int):
         mask = build_mask(columns[rank], documents_BT, window, axes[rank], q.device)

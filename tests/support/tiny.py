@@ -8,7 +8,6 @@ import torch
 from megascale.config.model import ModelConfig
 from megascale.data.batch import Batch
 from megascale.engine import build
-from megascale.engine.base import Engine
 from megascale.engine.ds_config import deepspeed_config
 
 TINY_LLAMA = ModelConfig(
@@ -37,8 +36,8 @@ def batch_of_rows(rows: SimpleNamespace, numbers: Sequence[int]) -> Batch:
     return Batch(tokens_BT=rows.tokens[index], labels_BT=rows.labels[index], row_numbers_B=index)
 
 
-def build_tiny_engine(*arguments) -> Engine:
-    """`build_engine`, but ZeRO-3 shares out small parameters too.
+def share_small_parameters() -> None:
+    """Makes ZeRO-3 in this process share out small parameters too.
 
     DeepSpeed keeps parameters under 1e5 elements whole, and a tiny model has no others.
     """
@@ -47,8 +46,4 @@ def build_tiny_engine(*arguments) -> Engine:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
-    original, build.deepspeed_config = build.deepspeed_config, config_for_small_parameters
-    try:
-        return build.build_engine(*arguments)
-    finally:
-        build.deepspeed_config = original
+    build.deepspeed_config = config_for_small_parameters

@@ -46,34 +46,34 @@ def test_the_dense_mask_says_what_the_rule_says(window, starts):
 
 
 def test_plain_attention_makes_no_tensor():
-    mask = build_mask(cp_columns(8, ONE_RANK), None, None, ONE_RANK, CPU)
+    mask = build_mask(cp_columns(8, ONE_RANK, CPU), None, None, ONE_RANK, CPU)
     assert mask.is_plain
     assert mask.dense_B1TS is None
     assert mask.flex is None
-    assert build_mask(cp_columns(8, ONE_RANK), None, 8, ONE_RANK, CPU).is_plain
-    assert not build_mask(cp_columns(8, ONE_RANK), None, 7, ONE_RANK, CPU).is_plain
+    assert build_mask(cp_columns(8, ONE_RANK, CPU), None, 8, ONE_RANK, CPU).is_plain
+    assert not build_mask(cp_columns(8, ONE_RANK, CPU), None, 7, ONE_RANK, CPU).is_plain
 
 
 def test_a_mask_is_of_the_whole_row_with_ulysses_and_absent_with_a_ring():
     for kind, shape in (("ulysses", (1, 1, 8, 8)), ("ring", None)):
         axes = cp_axes(2, 1, kind)
-        mask = build_mask(cp_columns(8, axes), None, 3, axes, CPU)
+        mask = build_mask(cp_columns(8, axes, CPU), None, 3, axes, CPU)
         assert (mask.dense_B1TS.shape if mask.dense_B1TS is not None else None) == shape
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_columns_of_all_ranks_are_the_row(size):
     for kind in ("ring", "ulysses"):
-        columns = [cp_columns(16, cp_axes(size, rank, kind)) for rank in range(size)]
+        columns = [cp_columns(16, cp_axes(size, rank, kind), CPU) for rank in range(size)]
         assert all(len(part) == 16 // size and bool((part.diff() > 0).all()) for part in columns)
         assert sorted(torch.cat(columns).tolist()) == list(range(16))
 
 
 def test_columns_of_a_ring_are_balanced_and_those_of_ulysses_contiguous():
-    assert cp_columns(8, cp_axes(2, 0, "ring")).tolist() == [0, 1, 6, 7]
-    assert cp_columns(8, cp_axes(2, 1, "ring")).tolist() == [2, 3, 4, 5]
-    assert cp_columns(8, cp_axes(2, 1, "ulysses")).tolist() == [4, 5, 6, 7]
-    keys_seen = [(cp_columns(64, cp_axes(4, rank, "ring")) + 1).sum().item() for rank in range(4)]
+    assert cp_columns(8, cp_axes(2, 0, "ring"), CPU).tolist() == [0, 1, 6, 7]
+    assert cp_columns(8, cp_axes(2, 1, "ring"), CPU).tolist() == [2, 3, 4, 5]
+    assert cp_columns(8, cp_axes(2, 1, "ulysses"), CPU).tolist() == [4, 5, 6, 7]
+    keys_seen = [(cp_columns(64, cp_axes(4, rank, "ring"), CPU) + 1).sum().item() for rank in range(4)]
     assert len(set(keys_seen)) == 1, "each rank's queries see as many keys"
 
 
@@ -104,7 +104,7 @@ def test_a_cpu_does_not_train_flex_attention():
 def test_attend_matches_attention_written_out(masked):
     documents_BT, window = (documents_of(9, [4], [2, 7]), 3) if masked else (None, None)
     q, k, v = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
-    mask = build_mask(cp_columns(9, ONE_RANK), documents_BT, window, ONE_RANK, CPU)
+    mask = build_mask(cp_columns(9, ONE_RANK, CPU), documents_BT, window, ONE_RANK, CPU)
     scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (2, 2)), k) * 8**-0.5
     weights = scores.masked_fill(~dense_mask(documents_BT, window, 9, CPU)[:, None], -torch.inf).softmax(dim=-1)
     expected = torch.einsum("bkgts,bskc->btkgc", weights, v).flatten(2, 3)
@@ -148,10 +148,10 @@ def test_the_tiles_of_a_ring_hold_each_visible_pair_once(size, window, has_docum
     documents_BT = documents_of(48, [5, 24, 30], [11]) if has_documents else None
     counts = torch.zeros(2, 48, 48, dtype=torch.int64)
     for rank in range(size):
-        columns = cp_columns(48, cp_axes(size, rank, "ring"))
+        columns = cp_columns(48, cp_axes(size, rank, "ring"), CPU)
         mask = build_mask(columns, documents_BT, window, cp_axes(size, rank, "ring"), CPU)
         for source in range(size):
-            keys = cp_columns(48, cp_axes(size, source, "ring"))
+            keys = cp_columns(48, cp_axes(size, source, "ring"), CPU)
             for part in ring.plan_tiles(rank, source, size, 48 // size, mask):
                 q, k = columns[part.queries], keys[part.keys]
                 seen = part.seen(mask)
@@ -164,7 +164,7 @@ def test_the_tiles_of_a_ring_hold_each_visible_pair_once(size, window, has_docum
 def test_ranks_of_a_plain_ring_work_equally_in_every_step():
     def pairs(rank: int, source: int) -> int:
         axes = cp_axes(4, rank, "ring")
-        mask = build_mask(cp_columns(64, axes), None, None, axes, CPU)
+        mask = build_mask(cp_columns(64, axes, CPU), None, None, axes, CPU)
         tiles = ring.plan_tiles(rank, source, 4, 16, mask)
         return sum((part.queries.stop - part.queries.start) * (part.keys.stop - part.keys.start) for part in tiles)
 

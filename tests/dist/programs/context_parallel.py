@@ -84,7 +84,7 @@ def measure(case: dict, world: Axes) -> dict:
     expected = dense_attention(*exact, documents_BT, window)
     expected.backward(grad.double())
 
-    columns = cp_columns(POSITIONS, axes)
+    columns = cp_columns(POSITIONS, axes, torch.device("cpu"))
     mask = build_mask(columns, documents_BT, window, axes, torch.device("cpu"))
     dtype = getattr(torch, case["dtype"])
     own = [part[:, columns].to(dtype).requires_grad_() for part in heads]

@@ -17,15 +17,13 @@ import torch.nn.functional as F
 from megascale.config.derive import derive
 from megascale.config.load import parse_config
 from megascale.config.schema import RunConfig
-from megascale.engine import build as engine_build
-from megascale.engine.ds_config import deepspeed_config
 from megascale.model.context import build_context, number_documents
 from megascale.model.dropout import derive_row_keys
 from megascale.model.transformer import Transformer, build_model
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.train.build import build_run_engine
-from tests.support.tiny import batch_of_rows, random_rows
+from tests.support.tiny import batch_of_rows, random_rows, share_small_parameters
 
 ROWS, SEQ_LEN, STEPS, CLIP_NORM, LEARNING_RATE, SEED, END_OF_DOCUMENT = 4, 256, 8, 0.5, 1e-3, 1, 7
 MODEL = {"num_layers": 2, "d_model": 128, "num_heads": 4, "vocab_size": 61, "max_seq_len": SEQ_LEN}
@@ -115,16 +113,6 @@ def device_run(config: RunConfig, mesh: Mesh) -> Curve:
 def gap(expected: float, found: float) -> float:
     """Difference, relative where the value is over 1."""
     return abs(expected - found) / max(1.0, abs(expected))
-
-
-def share_small_parameters() -> None:
-    """Makes ZeRO-3 share out small parameters too: DeepSpeed keeps those under 1e5 elements whole."""
-    def config_for_small_parameters(**settings) -> dict:
-        config = deepspeed_config(**settings)
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return config
-
-    engine_build.deepspeed_config = config_for_small_parameters
 
 
 def main() -> None:

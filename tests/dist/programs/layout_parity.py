@@ -13,8 +13,6 @@ import torch.nn.functional as F
 
 from megascale.config.derive import derive
 from megascale.config.model import ModelConfig
-from megascale.engine import build as engine_build
-from megascale.engine.ds_config import deepspeed_config
 from megascale.model.context import build_context, number_documents
 from megascale.model.dropout import derive_row_keys
 from megascale.model.transformer import Transformer, build_model
@@ -33,7 +31,7 @@ from tests.support.layouts import (
     LayoutCase,
     case_config,
 )
-from tests.support.tiny import batch_of_rows, random_rows
+from tests.support.tiny import batch_of_rows, random_rows, share_small_parameters
 
 Curve = list[tuple[float, float]]
 """(loss, gradient norm) of each step; the last entry is (evaluation loss sum / 100, 1)."""
@@ -107,16 +105,6 @@ def check_every_element_is_owned_once(engine, config: ModelConfig, mesh: Mesh) -
 def gap(expected: float, found: float) -> float:
     """Difference, relative where the value is over 1: fp32 has no more digits than that."""
     return abs(expected - found) / max(1.0, abs(expected))
-
-
-def share_small_parameters() -> None:
-    """Makes ZeRO-3 share out small parameters too: DeepSpeed keeps those under 1e5 elements whole."""
-    def config_for_small_parameters(**settings) -> dict:
-        config = deepspeed_config(**settings)
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return config
-
-    engine_build.deepspeed_config = config_for_small_parameters
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.config.training import PrecisionConfig
 from megascale.engine.base import EngineSettings
+from megascale.engine.build import build_engine
 from megascale.model.transformer import build_model
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
 from tests.dist.programs.zero_parity import CLIP, LEARNING_RATE, ROWS, SEQ_LEN, adamw, objective
-from tests.support.tiny import ODD_GPT2, batch_of_rows, build_tiny_engine, random_rows
+from tests.support.tiny import ODD_GPT2, batch_of_rows, random_rows, share_small_parameters
 
 HALF, STEPS = 4, 8
 RECORD = RunRecord("run", {}, "config", {}, {})
@@ -33,7 +34,7 @@ def new_engine(zero_stage: int, dtype: str, mesh, seed: int, offload: str = "non
     model = build_model(ODD_GPT2, seed)
     precision = PrecisionConfig(dtype=dtype, initial_loss_scale_log2=24, loss_scale_window_steps=3)
     settings = EngineSettings(zero_stage, CLIP, micro_batch_size=2, offload_optimizer=offload)
-    return build_tiny_engine(model, adamw(model), objective, mesh, precision, settings, model.placements())
+    return build_engine(model, adamw(model), objective, mesh, precision, settings, model.placements())
 
 
 def take_steps(engine, mesh, first: int, stop: int) -> list[tuple]:
@@ -80,6 +81,7 @@ def run_case(case: dict, folder: Path, mesh) -> dict:
 
 
 def main() -> None:
+    share_small_parameters()
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     info = read_rank_info(dict(os.environ))
     mesh = build_mesh(Layout(dp=info.world_size), info, timeout_s=60)

@@ -19,13 +19,14 @@ from torch import nn
 
 from megascale.config.training import PrecisionConfig
 from megascale.engine.base import EngineSettings
+from megascale.engine.build import build_engine
 from megascale.parallel.axis import Axis
 from megascale.parallel.boxes import Box
 from megascale.parallel.collectives import gather, reduce_from
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.parallel.placement import Placement
-from tests.support.tiny import build_tiny_engine
+from tests.support.tiny import share_small_parameters
 
 STEPS, POSITIONS, WIDTH, HIDDEN, CLIP, LEARNING_RATE, MICRO_BATCHES = 10, 8, 6, 10, 0.5, 3e-3, 2
 SHAPES = {"norm": (WIDTH,), "up": (HIDDEN, WIDTH), "down": (WIDTH, HIDDEN), "bias": (WIDTH,)}
@@ -115,7 +116,7 @@ def run_case(case: dict, mesh: Mesh) -> dict:
         net.get_parameter(poison[1]).register_hook(
             lambda gradient: gradient * math.inf if position["step"] == POISONED_STEP else None
         )
-    engine = build_tiny_engine(
+    engine = build_engine(
         net, optimizer_of(net), lambda part, step: (part.inputs_ND, part.targets_ND), mesh,
         PrecisionConfig(dtype=case["dtype"], initial_loss_scale_log2=8),
         EngineSettings(case["zero_stage"], CLIP, 1, MICRO_BATCHES, offload_optimizer=case.get("offload", "none")),
@@ -163,6 +164,7 @@ def run_case(case: dict, mesh: Mesh) -> dict:
 
 
 def main() -> None:
+    share_small_parameters()
     info = read_rank_info(dict(os.environ))
     device = join_ranks(info, timeout_s=60)
     torch.set_num_threads(1)

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from megascale.config.model import ModelConfig
 from megascale.config.training import PrecisionConfig
 from megascale.engine.base import EngineSettings
+from megascale.engine.build import build_engine
 from megascale.model.recompute import set_recompute
 from megascale.model.transformer import build_model
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
-from tests.support.tiny import TINY_LLAMA, batch_of_rows, build_tiny_engine, random_rows
+from tests.support.tiny import TINY_LLAMA, batch_of_rows, random_rows, share_small_parameters
 
 STEPS, ROWS, SEQ_LEN, CLIP, LEARNING_RATE = 20, 8, 16, 0.5, 3e-3
 
@@ -57,7 +58,7 @@ def sharded_run(config: ModelConfig, case: SimpleNamespace, mesh) -> list[tuple[
     precision = PrecisionConfig(dtype=case.dtype, initial_loss_scale_log2=10)
     set_recompute(model, getattr(case, "recompute", "none"))
     settings = EngineSettings(case.zero_stage, CLIP, case.micro_batch_size)
-    engine = build_tiny_engine(model, adamw(model), objective, mesh, precision, settings, model.placements())
+    engine = build_engine(model, adamw(model), objective, mesh, precision, settings, model.placements())
     curve, share = [], ROWS // mesh.layout.dp
     own = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
     for step in range(STEPS):
@@ -88,6 +89,7 @@ def check_every_element_is_owned_once(engine, mesh) -> None:
 
 
 def main() -> None:
+    share_small_parameters()
     cases = [SimpleNamespace(**case) for case in json.loads(sys.argv[1])]
     info = read_rank_info(dict(os.environ))
     mesh = build_mesh(Layout(dp=info.world_size), info, timeout_s=60)
