@@ -280,13 +280,16 @@ def gradient_share_terms(share: RankShare) -> Iterator[Term]:
 def parameter_share_terms(share: RankShare) -> Iterator[Term]:
     """ZeRO-3 of a model whose parameters all fit DeepSpeed's limit of 1e9 live ones, matrices over 1e5 elements.
 
-    Rajbhandari et al. 2020, section 7.2.2, have a second gather before backward (3 P in all); here it is saved, at the
-    price of whole parameters between the two passes.
+    Rajbhandari et al. 2020, section 7.2.2, gather parameters for the forward and for the backward pass (3 P in all).
+    DeepSpeed saves the second gather of so small a model, at the price of whole parameters between the two passes.
     """
     counts, ranks = share.parameters, share.zero_ranks
     yield from micro_batch_gradient_terms(share, "reduce_scatter")
     gathered = part(share.bytes * counts.matrices, ranks)
-    yield Term("zero", "all_gather", "matrices, forward; kept until backward", "P e (n-1)/n", gathered)
+    yield Term("zero", "all_gather", "matrices, forward", "P e (n-1)/n", gathered)
+    yield Term("zero", "all_gather", "matrices, backward", "P e (n-1)/n", gathered)
+    yield Term("zero", "all_gather", "the latter, not sent", "- P e (n-1)/n", -gathered,
+               "under 1e9 parameters DeepSpeed keeps them whole until then")
     yield Term("zero", "all_gather", "the same, in other micro-batches", "P e (M-1) (n-1)/n",
                (share.micro_batches - 1) * gathered, "given back after each backward pass")
     yield Term("zero", "all_gather", "vectors, once a step", "P e (n-1)/n", part(share.bytes * counts.vectors, ranks))

@@ -45,12 +45,12 @@ def paper_state(case: LayoutCase, rank: int) -> State:
 
 
 def our_state(case: LayoutCase, rank: int) -> State:
-    """What we hold: gradients in fp32, whole ones in ZeRO-1 beside this rank's summed share of them.
+    """What we hold: ZeRO's bytes with gradients in fp32.
 
     | ZeRO  | parameters | gradients       | optimizer, 16 bits | optimizer, fp32 |
     |-------|------------|-----------------|--------------------|-----------------|
     | 0     | e P        | 4 P             | 12 P               | 8 P             |
-    | 1     | e P        | 4 P + 4 P / n   | 12 P / n           | 8 P / n         |
+    | 1     | e P        | 4 P             | 12 P / n           | 8 P / n         |
     | 2     | e P        | 4 P / n         | 12 P / n           | 12 P / n        |
     | 3     | e P / n    | 4 P / n         | 12 P / n           | 12 P / n        |
 
@@ -60,7 +60,7 @@ def our_state(case: LayoutCase, rank: int) -> State:
     share = RankShare(case, rank)
     total, ranks, stage = share.parameters.total, share.zero_ranks, share.parallel.zero_stage
     is_own_master = case.dtype == "fp32" and stage < 2
-    gradients = {0: 4 * total, 1: 4 * total + (4 * total / ranks if ranks > 1 else 0)}
+    gradients = {0: 4 * total, 1: 4 * total}
     parameters = share.bytes * total
     if stage == 3:
         parameters = parameters / ranks + share.bytes * small_parameters(share)

@@ -67,9 +67,7 @@ class FlatZeroOptimizer(BF16_Optimizer):
         self.is_partitioned = dist.get_world_size(partition_group) > 1
         if dist.get_world_size(norm_group) > 1:
             self.mpu = SimpleNamespace(get_model_parallel_group=lambda: norm_group)
-        self.reduced = list(self.fp32_groups_gradient_flat_partition)
-        if self.is_partitioned:
-            self.reduced = [torch.empty_like(part) for part in self.reduced]
+        self.reduced = list(self.fp32_groups_gradient_flat_partition)  # parts of the flat buffers: the sum is in place
         self.fp32_groups_gradient_flat_partition = [self._on_host(part) for part in self.reduced]
         self._plan_sums_and_norm()
         if self.is_fp32:
@@ -185,12 +183,20 @@ class FlatZeroOptimizer(BF16_Optimizer):
                 ranges = ranges_within(placements, (start, start + len(part)), is_counted=is_counted)
                 parts.extend(part[slice(*within)] for within in ranges)
         self.counted = self.counted or [self.reduced[0][:0]]
-        sums_in_place = not self.is_partitioned and dist.get_world_size(self.reduce_group) > 1
         self.noted_early = [
             index for index, parameter in enumerate(self.parameters)
-            if sums_in_place or self.placements[parameter].partial_over.size > 1
+            if self.placements[parameter].partial_over.size > 1 or self._is_summed_here(parameter)
         ]
         self.largest: dict[int, torch.Tensor] = {}
+
+    def _is_summed_here(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the sum over the replicas takes the place of some of this rank's own gradient of a parameter."""
+        if dist.get_world_size(self.reduce_group) == 1:
+            return False
+        main = self.main_gradients[parameter]
+        start, stop = main.data_ptr(), main.data_ptr() + main.nbytes
+        parts = [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in self.reduced]
+        return any(start < part_stop and part_start < stop for part_start, part_stop in parts)
 
     def _accumulate_in_place(self) -> None:
         for parameter, gradient in self.main_gradients.items():

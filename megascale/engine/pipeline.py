@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import stage as torch_stage
 
 from megascale.config.schedules import SCHEDULES
 from megascale.engine.base import Objective
@@ -27,6 +28,8 @@ SCHEDULE_CLASSES = {
     "zero_bubble_v": schedules.ScheduleZBVZeroBubble,
     "dualpipe_v": schedules.ScheduleDualPipeV,
 }
+HAS_LEAN_BUFFERS = hasattr(torch_stage, "TensorMeta")
+"""Whether this torch describes messages apart from their memory, as 2.13 does and 2.11 doesn't."""
 MAX_SENDS_UNDER_WAY = 2
 """Of forward passes alone: a rank that is faster than the next one waits, so that memory stays bounded."""
 
@@ -311,8 +314,9 @@ def build_pipeline(
             layer.deferred = deferred
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     index, loss = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta", requires_grad=True)
+    stage_class = LeanStage if HAS_LEAN_BUFFERS else PipelineStage
     lean = [
-        LeanStage(
+        stage_class(
             stage, number, num_stages, device,
             input_args=index if number == 0 else hidden,
             output_args=loss if number == place.last else hidden,

@@ -15,6 +15,8 @@ CHUNK_ELEMENTS = 2**20
 """Logits treated at a time on a CPU: 4 MiB, small beside a model yet rows enough for a good matrix product."""
 DEVICE_CHUNK_ELEMENTS = 2**26
 """The same elsewhere: 256 MiB, enough to fill any GPU."""
+TILE_ROWS = 128
+"""Rows of a tile of a GPU's matrix product."""
 FP16_SCALE = 2.0**8
 """Factor of the logits' gradient in fp16, whose smallest number, 6e-8, is more than many a probability."""
 
@@ -148,5 +150,6 @@ def gradient_scale(tensor: torch.Tensor) -> float:
 
 
 def rows_of_chunk(num_columns: int, device_type: str) -> int:
-    """How many rows of logits are treated at a time."""
-    return max(1, (CHUNK_ELEMENTS if device_type == "cpu" else DEVICE_CHUNK_ELEMENTS) // num_columns)
+    """How many rows of logits are treated at a time; whole tiles of a GPU's matrix product, where there are several."""
+    num_rows = max(1, (CHUNK_ELEMENTS if device_type == "cpu" else DEVICE_CHUNK_ELEMENTS) // num_columns)
+    return num_rows if device_type == "cpu" or num_rows < TILE_ROWS else num_rows // TILE_ROWS * TILE_ROWS

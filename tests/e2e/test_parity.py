@@ -65,6 +65,7 @@ def test_a_planted_fault_is_located_by_the_command(config):
     assert "first difference over 1e-06 (for fp32): step 1, gradient of final_norm.weight: " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "phase", "name"), [
     ("initial weight", "start", "blocks.1.feed_forward.output.weight"),
     ("forward", "forward", "blocks.1"),

@@ -122,3 +122,26 @@ CASES = {case.name: case for case in [
     LayoutCase("tp2_compiled_recompute", 2, {"tp": 2}, train=COMPILED | {"recompute": "full"}),
 ]}
 """Every case by name; `make parity` runs them all, CI the representative ones."""
+
+
+def _in_half_precision(dtype: str) -> list[LayoutCase]:
+    """One rank with its rows split up in four ways, then layouts of the same model."""
+    precision = {"dtype": dtype}
+    alone = [
+        LayoutCase(f"{dtype}_alone_{rows}", 1, {}, train={"micro_batch_size": rows}, precision=precision)
+        for rows in (1, 2, 4, 8)
+    ]
+    layouts = [
+        ("tp2", 2, {"tp": 2}), ("pp2", 2, {"pp": 2}), ("cp2_ring", 2, {"cp": 2}),
+        ("cp2_ulysses", 2, {"cp": 2, "context_attention": "ulysses"}), ("tp2_pp2", 4, {"tp": 2, "pp": 2}),
+        ("tp2_dp2_zero2", 4, {"tp": 2, "zero_stage": 2}), ("tp2_dp2_zero3", 4, {"tp": 2, "zero_stage": 3}),
+        ("pp2_dp2_zero_bubble", 4, {"pp": 2, "schedule": "zero_bubble"}),
+    ]
+    return alone + [
+        LayoutCase(f"{dtype}_{name}", ranks, parallel, precision=precision) for name, ranks, parallel in layouts
+    ]
+
+
+HALF_PRECISION = {dtype: _in_half_precision(dtype) for dtype in ("bf16", "fp16")}
+"""The cases of each 16-bit format; those named `..._alone_...` tell how far one layout is from the plain loop."""
+CASES |= {case.name: case for cases in HALF_PRECISION.values() for case in cases}
