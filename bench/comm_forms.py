@@ -33,7 +33,7 @@ class Term:
         what: in words.
         formula: in the symbols above.
         sent: bytes per step.
-        reason: why it is there though the paper moves nothing for it; empty for the paper's own.
+        reason: why it is there though the paper moves nothing for it, or is saved; empty for the paper's own.
     """
 
     axis: str

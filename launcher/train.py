@@ -78,4 +78,4 @@ def default_num_ranks(config: RunConfig) -> int:
             return num_ranks
         except ConfigError:
             continue
-    return 1
+    return model_ranks

@@ -9,8 +9,8 @@ its copy counted twice (pp2_zero0); the loss as a mean of means over unequal tok
 sequence shards of tp ranks (tp4_gpt2_dropout), and unequal dropout where they hold the same
 (tp2_dropout_without_sequence_shards); the gradient of a column layer's inputs not summed (tp2_without_sequence_shards);
 the first query heads of a shared kv head on every rank (tp4_one_kv_head); a row layer's bias added on every rank
-(tp2_gpt2); labels not taken along with the positions of a cp rank (cp2_ring_documents); positions that don't start again
-with a document (pp2_documents).
+(tp2_gpt2); labels not taken along with the positions of a cp rank (cp2_ring_documents). The plain loop has the model's
+own layers, so what these compute is for the unit tests to say.
 """
 
 import pytest

@@ -20,6 +20,7 @@ from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.train.build import build_run_engine
 from tests.support.layouts import (
+    ADAM_EPS,
     CASES,
     CLIP_NORM,
     END_OF_DOCUMENT,
@@ -55,7 +56,7 @@ def plain_run(config: ModelConfig, has_documents: bool) -> Curve:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=ADAM_EPS)
     for step in range(STEPS):
         rows = random_rows(config.vocab_size, ROWS, SEQ_LEN, seed=step)
         num_tokens = int((rows.labels != -100).sum())
