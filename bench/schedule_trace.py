@@ -4,7 +4,7 @@ Each rank's forward, backward and weight-gradient boxes are taken from a step of
 stages only sleep, each for the same time, so that the shape of the schedule shows even where ranks outnumber cores;
 what a measured step takes beyond the ideal is the schedule's own cost: messages, Python, the operating system.
 
-    python -m bench.schedule_trace --pp 4 --micro-batches 8 --picture docs/images/schedules.svg
+    python -m bench.schedule_trace --pp 4 --micro-batches 8 --picture docs/images/schedules.png
 """
 
 import argparse
