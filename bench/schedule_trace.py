@@ -62,6 +62,7 @@ class StageFacts(_PipelineStageBase):
         self.submod = nn.Identity()
 
     def _prepare_forward_infra(self, *args, **kwargs):
+        """Of an abstract method that is never called: no step is run on these facts."""
         raise NotImplementedError
 
     _prepare_backward_infra = _create_grad_recv_info = _prepare_forward_infra

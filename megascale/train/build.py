@@ -12,6 +12,7 @@ from megascale.model.recompute import set_recompute
 from megascale.model.sharding import is_decayed
 from megascale.model.transformer import Transformer, build_model, compile_blocks
 from megascale.optim.optimizer import build_adamw, parameter_groups
+from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.stages import plan_stages, stages_of_rank
 from megascale.train.objective import causal_objective
@@ -59,6 +60,12 @@ def pipeline_settings(config: RunConfig, axes: Axes, mesh: Mesh) -> PipelineSett
         schedule=parallel.schedule,
         hidden_shape=(train.micro_batch_size, train.seq_len // shards, config.model.d_model),
     )
+
+
+def layout_of(config: RunConfig, derived: Derived) -> Layout:
+    """The sizes of the parallel axes of a run."""
+    parallel = config.parallel
+    return Layout(pp=parallel.pp, dp=derived.dp, cp=parallel.cp, tp=parallel.tp)
 
 
 def build_axes(config: RunConfig, mesh: Mesh) -> Axes:

@@ -24,9 +24,8 @@ from megascale.data.rows import open_rows
 from megascale.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_RUN, MegascaleError
 from megascale.model.axes import ONE_RANK
 from megascale.model.transformer import Transformer
-from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
-from megascale.train.build import build_run_engine, own_stages
+from megascale.train.build import build_run_engine, layout_of, own_stages
 from megascale.train.evaluate import count_labels
 from megascale.train.loop import rate_of
 from megascale.train.rank import PEER_LOST_WORDS
@@ -49,15 +48,14 @@ def trace_run(
     config, info = load_config(config_path, overrides), read_rank_info(dict(os.environ))
     derived = derive(config, info.world_size, source=str(config_path))
     rows = open_rows(config.data.folder, "train", config.train.seq_len, config.model.vocab_size)
-    parallel = config.parallel
-    mesh = build_mesh(Layout(pp=parallel.pp, dp=derived.dp, cp=parallel.cp, tp=parallel.tp), info)
+    mesh = build_mesh(layout_of(config, derived), info)
     order = RowOrder(rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
     loader = Loader(rows, order, derived.rows_per_step, config.train.micro_batch_size, mesh.dp_rank, derived.dp)
     engine = build_run_engine(config, derived, mesh, rows.manifest.eos_id)
     names = model_names(config.model)
     layer_names = [[names.layers[index] for index in stage] for stage in own_stages(config, mesh).values()]
     recorder = TraceRecorder(
-        engine, mesh, TraceFolder(folder), layer_names, names, parallel.is_sequence_parallel, config.run.seed,
+        engine, mesh, TraceFolder(folder), layer_names, names, config.parallel.is_sequence_parallel, config.run.seed,
         None if leader is None else TraceFolder(leader),
     )
     with closing(loader.steps_from(0)) as steps:

@@ -29,9 +29,9 @@ from megascale.observe.logger import Logger
 from megascale.observe.peaks import peak_bf16_flops
 from megascale.observe.run_files import Session, append_session
 from megascale.observe.throughput import StepTimer
-from megascale.parallel.layout import AXES, Layout
+from megascale.parallel.layout import AXES
 from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
-from megascale.train.build import build_run_engine
+from megascale.train.build import build_run_engine, layout_of
 from megascale.train.run_folder import claim_run_folder, describe_run_folder, read_git_commit
 from megascale.train.signals import StopRequest
 
@@ -79,8 +79,7 @@ def set_up(
     validation_rows = _open_split(config, "validation")
     folder = Path(config.run.folder)
 
-    parallel = config.parallel
-    mesh = build_mesh(Layout(pp=parallel.pp, dp=derived.dp, cp=parallel.cp, tp=parallel.tp), info)
+    mesh = build_mesh(layout_of(config, derived), info)
     order = RowOrder(train_rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
     loader = Loader(
         train_rows, order, derived.rows_per_step, config.train.micro_batch_size, mesh.dp_rank, derived.dp

@@ -36,6 +36,11 @@ def batch_of_rows(rows: SimpleNamespace, numbers: Sequence[int]) -> Batch:
     return Batch(tokens_BT=rows.tokens[index], labels_BT=rows.labels[index], row_numbers_B=index)
 
 
+def gap(expected: float, found: float) -> float:
+    """Difference, relative where the value is over 1: fp32 has no more digits than that."""
+    return abs(expected - found) / max(1.0, abs(expected))
+
+
 def share_small_parameters() -> None:
     """Makes ZeRO-3 in this process share out small parameters too.
 

@@ -20,10 +20,9 @@ from megascale.config.schema import RunConfig
 from megascale.model.context import build_context, number_documents
 from megascale.model.dropout import derive_row_keys
 from megascale.model.transformer import Transformer, build_model
-from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
-from megascale.train.build import build_run_engine
-from tests.support.tiny import batch_of_rows, random_rows, share_small_parameters
+from megascale.train.build import build_run_engine, layout_of
+from tests.support.tiny import batch_of_rows, gap, random_rows, share_small_parameters
 
 ROWS, SEQ_LEN, STEPS, CLIP_NORM, LEARNING_RATE, SEED, END_OF_DOCUMENT = 4, 256, 8, 0.5, 1e-3, 1, 7
 MODEL = {"num_layers": 2, "d_model": 128, "num_heads": 4, "vocab_size": 61, "max_seq_len": SEQ_LEN}
@@ -110,11 +109,6 @@ def device_run(config: RunConfig, mesh: Mesh) -> Curve:
     return [*curve, (evaluated / num_tokens, 1.0)]
 
 
-def gap(expected: float, found: float) -> float:
-    """Difference, relative where the value is over 1."""
-    return abs(expected - found) / max(1.0, abs(expected))
-
-
 def main() -> None:
     info = read_rank_info(dict(os.environ))
     device = join_ranks(info, timeout_s=300)
@@ -126,9 +120,7 @@ def main() -> None:
         key = f"{config.model} {config.data.document_mask}"
         if key not in plain:
             plain[key] = plain_run(config)
-        parallel = config.parallel
-        model_ranks = parallel.pp * parallel.cp * parallel.tp
-        layout = Layout(pp=parallel.pp, cp=parallel.cp, tp=parallel.tp, dp=info.world_size // model_ranks)
+        layout = layout_of(config, derive(config, info.world_size))
         curve = device_run(config, lay_out_mesh(layout, info.rank, device))
         torch.compiler.reset()
         gaps = [[gap(a[i], b[i]) for a, b in zip(plain[key], curve, strict=True)] for i in (0, 1)]

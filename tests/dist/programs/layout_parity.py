@@ -16,9 +16,8 @@ from megascale.config.model import ModelConfig
 from megascale.model.context import build_context, number_documents
 from megascale.model.dropout import derive_row_keys
 from megascale.model.transformer import Transformer, build_model
-from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
-from megascale.train.build import build_run_engine
+from megascale.train.build import build_run_engine, layout_of
 from tests.support.layouts import (
     ADAM_EPS,
     CASES,
@@ -32,7 +31,7 @@ from tests.support.layouts import (
     LayoutCase,
     case_config,
 )
-from tests.support.tiny import batch_of_rows, random_rows, share_small_parameters
+from tests.support.tiny import batch_of_rows, gap, random_rows, share_small_parameters
 
 Curve = list[tuple[float, float]]
 """(loss, gradient norm) of each step; the last entry is (evaluation loss sum / 100, 1)."""
@@ -103,11 +102,6 @@ def check_every_element_is_owned_once(engine, config: ModelConfig, mesh: Mesh) -
     assert owned == 3 * parameters, f"{owned} owned elements, 3 x {parameters} in the model"
 
 
-def gap(expected: float, found: float) -> float:
-    """Difference, relative where the value is over 1: fp32 has no more digits than that."""
-    return abs(expected - found) / max(1.0, abs(expected))
-
-
 def main() -> None:
     info = read_rank_info(dict(os.environ))
     device = join_ranks(info, timeout_s=100)
@@ -116,13 +110,10 @@ def main() -> None:
     plain: dict[tuple, Curve] = {}
     for case in (CASES[name] for name in json.loads(sys.argv[1])):
         config = case_config(case)
-        parallel, key = config.parallel, (case.model, config.data.document_mask)
+        key = case.model, config.data.document_mask
         if key not in plain:
             plain[key] = plain_run(config.model, config.data.document_mask)
-        layout = Layout(
-            pp=parallel.pp, cp=parallel.cp, tp=parallel.tp,
-            dp=info.world_size // (parallel.pp * parallel.cp * parallel.tp),
-        )
+        layout = layout_of(config, derive(config, case.ranks, case.name))
         curve = laid_out_run(case, lay_out_mesh(layout, info.rank, device))
         gaps = [[gap(a[i], b[i]) for a, b in zip(plain[key], curve, strict=True)] for i in (0, 1)]
         if info.rank == 0:

@@ -19,7 +19,7 @@ from megascale.model.recompute import set_recompute
 from megascale.model.transformer import build_model
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
-from tests.support.tiny import TINY_LLAMA, batch_of_rows, random_rows, share_small_parameters
+from tests.support.tiny import TINY_LLAMA, batch_of_rows, gap, random_rows, share_small_parameters
 
 STEPS, ROWS, SEQ_LEN, CLIP, LEARNING_RATE = 20, 8, 16, 0.5, 3e-3
 
@@ -72,11 +72,6 @@ def sharded_run(config: ModelConfig, case: SimpleNamespace, mesh) -> list[tuple[
         curve.append((output.loss, output.grad_norm))
     check_every_element_is_owned_once(engine, mesh)
     return curve
-
-
-def gap(expected: float, found: float) -> float:
-    """Difference, relative where the value is over 1: fp32 has no more digits than that."""
-    return abs(expected - found) / max(1.0, abs(expected))
 
 
 def check_every_element_is_owned_once(engine, mesh) -> None:
