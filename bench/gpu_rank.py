@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 from bench.gpu import OURS, Shape
-from megascale.config.derive import derive
 from megascale.config.schema import RunConfig
 from megascale.data.batch import Batch
 from megascale.model.context import build_context
@@ -46,7 +45,7 @@ Step = Callable[[Sequence[Batch], int], float]
 def our_step(config: RunConfig) -> tuple[Step, torch.device]:
     """The step of a run, by its own engine."""
     mesh = build_mesh(Layout(), read_rank_info(dict(os.environ)), timeout_s=600)
-    engine = build_run_engine(config, derive(config, 1), mesh, document_end=0)
+    engine = build_run_engine(config, mesh)
 
     def step(batches: Sequence[Batch], number: int) -> float:
         return engine.train_step(
@@ -139,8 +138,9 @@ def random_batches(config: RunConfig, accumulation: int, number: int) -> list[Ba
     generator, train = torch.Generator().manual_seed(number), config.train
     shape = (train.micro_batch_size, train.seq_len + 1)
     rows = torch.arange(train.micro_batch_size)
+    documents_BT = torch.zeros(train.micro_batch_size, train.seq_len, dtype=torch.int32)
     drawn = [torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(accumulation)]
-    return [Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), rows) for tokens in drawn]
+    return [Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents_BT, rows) for tokens in drawn]
 
 
 def serve(shape: Shape, kind: str, is_compiled: bool, output: TextIO) -> None:

@@ -8,8 +8,6 @@ from megascale.config.load import parse_config
 from megascale.config.schema import RunConfig
 from megascale.parallel.layout import Layout
 
-NO_DOCUMENT_END = -1
-
 
 @dataclass(frozen=True)
 class LayoutCase:

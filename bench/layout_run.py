@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.layout_cases import NO_DOCUMENT_END, LayoutCase
+from bench.layout_cases import LayoutCase
 from megascale.data.batch import Batch
 from megascale.engine.base import Engine
 from megascale.parallel.mesh import Mesh
@@ -13,7 +13,7 @@ LEARNING_RATE = 1e-3
 
 def build_case_engine(case: LayoutCase, mesh: Mesh) -> Engine:
     """The engine of a run in this layout."""
-    return build_run_engine(case.config(), case.derived(), mesh, NO_DOCUMENT_END)
+    return build_run_engine(case.config(), mesh)
 
 
 def random_batch(case: LayoutCase, seed: int) -> Batch:
@@ -21,7 +21,8 @@ def random_batch(case: LayoutCase, seed: int) -> Batch:
     config = case.config()
     shape = config.train.micro_batch_size, config.train.seq_len + 1
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(shape[0]))
+    documents_BT = torch.zeros(shape[0], shape[1] - 1, dtype=torch.int32)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents_BT, torch.arange(shape[0]))
 
 
 def take_step(engine: Engine, case: LayoutCase, step: int) -> float:

@@ -94,7 +94,8 @@ def measure_kept(case: LayoutCase, mesh: Mesh) -> dict:
     dtype = TORCH_DTYPE[case.dtype]
     model = build_rank_model(config, axes, mesh).to(device, dtype)
     block = next(layer for layer in model.layers if isinstance(layer, Block))
-    _, context, _ = causal_objective(config.model, 1, axes, None)(random_batch(case, 0).to(device), 0)
+    objective = causal_objective(config.model, 1, axes, has_document_mask=False)
+    _, context, _ = objective(random_batch(case, 0).to(device), 0)
     shape = config.train.micro_batch_size, case.derived().residual_columns, config.model.d_model
     kept = kept_on_gpu(block, shape, dtype, context) if device.type == "cuda" else kept_on_cpu(
         block, shape, dtype, context, [*model.parameters(), *model.buffers()])

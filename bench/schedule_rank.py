@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from bench.schedule_trace import Box
-from megascale.engine.pipeline import LeanStage, PipelineRunner, build_pipeline
+from megascale.engine.pipeline import LeanStage, build_pipeline
 from megascale.parallel.deferred import WeightGradients
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, build_mesh, close_mesh, read_rank_info
@@ -61,9 +62,9 @@ class NumberedBatch:
         return self
 
 
-def record(runner: PipelineRunner, boxes: list[Box]) -> None:
-    """Makes the stages of a runner note the time of all that they do from now on."""
-    for stage in getattr(runner.schedule, "_stages", None) or [runner.schedule._stage]:
+def record(schedule: _PipelineSchedule, boxes: list[Box]) -> None:
+    """Makes the stages of a schedule note the time of all that they do from now on."""
+    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
         watch(stage, "forward_one_chunk", boxes, lambda kwargs: "F")
         watch(stage, "backward_one_chunk", boxes, lambda kwargs: "B" if kwargs.get("full_backward", True) else "I")
         watch(stage, "backward_weight_one_chunk", boxes, lambda kwargs: "W")
@@ -89,11 +90,11 @@ def trace_case(case: dict, num_micro_batches: int, num_steps: int, mesh: Mesh) -
     own = stages_of_rank(schedule, mesh.pp.size, stages_per_rank, mesh.pp.rank)
     stages = [SleepingStage(case["unit_s"], index == num_stages - 1) for index in own]
     runner = build_pipeline(
-        stages, own, num_stages, schedule, num_micro_batches, HIDDEN_SHAPE, torch.float32, mesh.device, mesh.pp,
+        stages, own, num_stages, schedule, HIDDEN_SHAPE, torch.float32, mesh.device, mesh.pp,
         lambda batch, step: (torch.zeros(HIDDEN_SHAPE), None, None), lambda parameter, gradient: None,
     )
     boxes: list[Box] = []
-    record(runner, boxes)
+    record(runner.schedule_of(num_micro_batches), boxes)
     steps = []
     for step in range(num_steps + 1):
         boxes.clear()

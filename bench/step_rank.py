@@ -48,7 +48,7 @@ def build_optimizer(model: Transformer) -> torch.optim.AdamW:
 def our_step(shape: Shape, dtype: str, zero_stage: int, mesh: Mesh) -> Step:
     """The step of a run, by its own engine."""
     model = build_model(shape.model, SEED)
-    objective = causal_objective(shape.model, SEED, ONE_RANK, document_end=None)
+    objective = causal_objective(shape.model, SEED, ONE_RANK, has_document_mask=False)
     settings = EngineSettings(zero_stage=zero_stage, clip_norm=CLIP_NORM, micro_batch_size=shape.rows)
     engine = build_engine(
         model, build_optimizer(model), objective, mesh, PrecisionConfig(dtype=dtype), settings, model.placements()
@@ -65,7 +65,7 @@ def plain_step(shape: Shape, dtype: str, mesh: Mesh) -> Step:
     """The step of a loop by hand: torch's cross-entropy, DistributedDataParallel over ranks, autocast for bf16."""
     model = build_model(shape.model, SEED).to(mesh.device)
     optimizer = build_optimizer(model)
-    objective = causal_objective(shape.model, SEED, ONE_RANK, document_end=None)
+    objective = causal_objective(shape.model, SEED, ONE_RANK, has_document_mask=False)
     module = DistributedDataParallel(model, gradient_as_bucket_view=True) if mesh.layout.dp > 1 else model
     num_tokens = shape.rows * shape.seq_len
 
@@ -88,7 +88,8 @@ def random_batch(shape: Shape, mesh: Mesh, number: int) -> Batch:
     generator = torch.Generator().manual_seed(number * mesh.world_size + mesh.rank)
     tokens = torch.randint(0, shape.model.vocab_size, (shape.rows, shape.seq_len + 1), generator=generator)
     rows = torch.arange(shape.rows)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), rows)
+    inputs_BT, labels_BT = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return Batch(inputs_BT, labels_BT, torch.zeros_like(inputs_BT, dtype=torch.int32), rows)
 
 
 def timed(step: Step, batch: Batch, number: int, mesh: Mesh) -> tuple[float, float]:

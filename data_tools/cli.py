@@ -6,27 +6,32 @@ from typing import Annotated
 
 import typer
 
+from data_tools.cli_options import (
+    ArrayOption,
+    BlockTokensOption,
+    DeduplicateOption,
+    EosTokenOption,
+    FastOption,
+    FractionOption,
+    OutOption,
+    OverwriteOption,
+    PatternOption,
+    SeedOption,
+    SeparatorOption,
+    ShardTokensOption,
+    SourceArgument,
+    SpecialTokenOption,
+    TextFieldOption,
+    VocabSizeOption,
+    WorkersOption,
+)
+from data_tools.look_cli import add_commands
 from data_tools.settings import BuildSettings
 
 app = typer.Typer(no_args_is_help=True, help="Make tokenized corpora from text, verify and inspect them.")
+add_commands(app)
 
 # The commands import their work when called: `megascale --help` and planning on a login node stay fast.
-
-SourceArgument = Annotated[
-    str, typer.Argument(help="Folder, .txt, .jsonl or .parquet file, or the word python-stdlib.", show_default=False)
-]
-PatternOption = Annotated[list[str] | None, typer.Option(help="Glob within a folder, such as '**/*.py'; repeatable.")]
-TextFieldOption = Annotated[str, typer.Option(help="Field of a JSON line or column of a parquet file.")]
-SeparatorOption = Annotated[str | None, typer.Option(help="Text between documents of a text file; \\n is a newline.")]
-FolderArgument = Annotated[Path, typer.Argument(help="Folder of the corpus.", show_default=False)]
-OutOption = Annotated[Path, typer.Option(help="Folder to make.", show_default=False)]
-VocabSizeOption = Annotated[int, typer.Option(help="Entries of the tokenizer, at most.")]
-FractionOption = Annotated[float, typer.Option(help="Share of documents for validation; 0 for none.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the order of documents in shards.")]
-ShardTokensOption = Annotated[int, typer.Option(help="Tokens of a shard.")]
-BlockTokensOption = Annotated[int, typer.Option(help="Tokens of a block, the unit of checksums.")]
-WorkersOption = Annotated[int | None, typer.Option(help="Tokenizing processes; one per core by default.")]
-OverwriteOption = Annotated[bool, typer.Option(help="Replace another corpus in the folder.")]
 
 
 @app.command()
@@ -34,7 +39,9 @@ def build(
     source: SourceArgument,
     out: OutOption,
     vocab_size: VocabSizeOption = BuildSettings.vocab_size,
+    special_token: SpecialTokenOption = None,
     validation_fraction: FractionOption = BuildSettings.validation_fraction,
+    deduplicate: DeduplicateOption = False,
     pattern: PatternOption = None,
     text_field: TextFieldOption = "text",
     separator: SeparatorOption = None,
@@ -43,16 +50,22 @@ def build(
     block_tokens: BlockTokensOption = BuildSettings.block_tokens,
     workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
+    fast: FastOption = True,
 ) -> None:
-    """Make a corpus from text: train a tokenizer, tokenize, write shards and index. A finished one is kept."""
+    """Make a corpus from text: train a tokenizer, tokenize, write shards and index.
+
+    Killed, it goes on where it was when the same command is given again. A finished corpus is kept.
+    """
     settings = BuildSettings(
         vocab_size=vocab_size,
+        special_tokens=tuple(special_token or ()),
         validation_fraction=validation_fraction,
+        deduplicate=deduplicate,
         seed=seed,
         shard_tokens=shard_tokens,
         block_tokens=block_tokens,
     )
-    run_build(open_source(source, pattern, text_field, separator), out, settings, workers, None, overwrite)
+    run_build(open_source(source, pattern, text_field, separator), out, settings, workers, overwrite, fast)
 
 
 @app.command()
@@ -60,8 +73,11 @@ def tokenize(
     source: SourceArgument,
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer.json to use.", show_default=False)],
     out: OutOption,
-    eos_token: Annotated[str, typer.Option(help="Its token that ends a document.")] = BuildSettings.eos_token,
+    eos_token: EosTokenOption = BuildSettings.eos_token,
+    special_token: SpecialTokenOption = None,
     validation_fraction: FractionOption = BuildSettings.validation_fraction,
+    deduplicate: DeduplicateOption = False,
+    array: ArrayOption = None,
     pattern: PatternOption = None,
     text_field: TextFieldOption = "text",
     separator: SeparatorOption = None,
@@ -70,68 +86,68 @@ def tokenize(
     block_tokens: BlockTokensOption = BuildSettings.block_tokens,
     workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
+    fast: FastOption = True,
 ) -> None:
-    """Make a corpus from text with a tokenizer that exists."""
+    """Make a corpus from text with a tokenizer that exists, or a part of one, to be joined by `megascale data merge`.
+
+    Killed, it goes on where it was when the same command is given again. A finished corpus is kept.
+    """
     settings = BuildSettings(
         eos_token=eos_token,
+        special_tokens=tuple(special_token or ()),
         validation_fraction=validation_fraction,
+        deduplicate=deduplicate,
         seed=seed,
         shard_tokens=shard_tokens,
         block_tokens=block_tokens,
     )
-    run_build(open_source(source, pattern, text_field, separator), out, settings, workers, tokenizer, overwrite)
+    found = open_source(source, pattern, text_field, separator)
+    run_build(found, out, settings, workers, overwrite, fast, tokenizer, array)
+
+
+@app.command()
+def merge(out: Annotated[Path, typer.Argument(help="The --out of all parts.", show_default=False)]) -> None:
+    """Join the parts that `tokenize --array` made into one corpus. Killed, it is finished by the same command."""
+    from data_tools.merge import merge_parts
+
+    typer.echo(merge_parts(out).describe())
 
 
 @app.command("tokenizer")
 def fit_tokenizer(
-    source: SourceArgument,
-    out: Annotated[Path, typer.Option(help="File to write, such as tokenizer.json.", show_default=False)],
+    source: Annotated[str | None, typer.Argument(help="Text to train on, as for build.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="File to write, such as tokenizer.json.")] = Path("tokenizer.json"),
+    take: Annotated[
+        str | None, typer.Option("--from", help="Take this tokenizer.json instead, or hub:NAME to fetch one.")
+    ] = None,
     vocab_size: VocabSizeOption = BuildSettings.vocab_size,
+    eos_token: EosTokenOption = BuildSettings.eos_token,
+    special_token: SpecialTokenOption = None,
     pattern: PatternOption = None,
     text_field: TextFieldOption = "text",
     separator: SeparatorOption = None,
 ) -> None:
-    """Train a byte-level BPE tokenizer on all of a source's text."""
+    """Train a byte-level BPE tokenizer on all of a source's text, or take one that exists."""
     from rich.console import Console
 
     from data_tools.build import write_tokenizer
+    from data_tools.tokenizer import take_tokenizer
+    from data_tools.write_shards import write_file
     from megascale.errors import DataError
 
-    settings = BuildSettings(vocab_size=vocab_size, validation_fraction=0)
+    if (source is None) == (take is None):
+        raise DataError("give either a SOURCE to train a tokenizer on, or --from TOKENIZER to take one")
+    settings = BuildSettings(vocab_size=vocab_size, special_tokens=tuple(special_token or ()), validation_fraction=0)
+    content = None if take is None else take_tokenizer(take, eos_token, settings.special_tokens)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_tokenizer(open_source(source, pattern, text_field, separator), settings, Console(stderr=True), out)
+        if content is None:
+            write_tokenizer(open_source(source, pattern, text_field, separator), settings, Console(stderr=True), out)
+        else:
+            write_file(out, content)
     except OSError as error:
         raise DataError(f"tokenizer {out} can't be written ({error}); choose another --out") from None
     typer.echo(f"tokenizer {out}")
-
-
-@app.command()
-def verify(folder: FolderArgument) -> None:
-    """Read every byte of a corpus: hashes, checksums, counts, token ids, and as a stock WebDataset."""
-    from rich.console import Console
-
-    from data_tools.verify import verify_corpus
-
-    for manifest in verify_corpus(folder, Console(stderr=True)):
-        typer.echo(
-            f"{manifest.split_folder}: {len(manifest.shards)} shards, {manifest.num_tokens:,} tokens, "
-            f"{manifest.num_documents:,} documents: good"
-        )
-
-
-@app.command("inspect")
-def inspect_row(
-    folder: FolderArgument,
-    row: Annotated[int, typer.Option(help="Row number.")] = 0,
-    seq_len: Annotated[int, typer.Option(min=1, help="Input tokens of a row.")] = 256,
-    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
-    seed: Annotated[int | None, typer.Option(min=0, help="Number rows as a run of this seed reads them.")] = None,
-) -> None:
-    """Show one row as text, and where its tokens come from."""
-    from data_tools.inspect import describe_row
-
-    typer.echo(describe_row(folder, split, row, seq_len, seed))
 
 
 def open_source(source: str, pattern: list[str] | None, text_field: str, separator: str | None):
@@ -143,13 +159,25 @@ def open_source(source: str, pattern: list[str] | None, text_field: str, separat
 
 
 def run_build(
-    source, out: Path, settings: BuildSettings, workers: int | None, tokenizer: Path | None, overwrite: bool
+    source,
+    out: Path,
+    settings: BuildSettings,
+    workers: int | None,
+    overwrite: bool,
+    fast: bool,
+    tokenizer: Path | None = None,
+    array: str | None = None,
 ) -> None:
-    """Builds a corpus and prints what came of it."""
+    """Builds a corpus or a part of one and prints what came of it."""
     from rich.console import Console
 
     from data_tools.build import build_corpus
+    from data_tools.parts import parse_part
+    from megascale.errors import DataError
 
-    num_workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    summary = build_corpus(source, out, settings, num_workers, Console(stderr=True), tokenizer, overwrite)
+    if array is not None and overwrite:
+        raise DataError(f"--overwrite with --array would let a part remove others; remove {out} yourself")
+    part = None if array is None else parse_part(array, os.environ)
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    summary = build_corpus(source, out, settings, workers, Console(stderr=True), tokenizer, overwrite, part, fast)
     typer.echo(summary.describe())

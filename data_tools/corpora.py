@@ -1,18 +1,19 @@
-"""Where text comes from: folders, text files, JSON lines and parquet, read in an order that depends on names only."""
+"""The files of a source, in an order that depends on names only, and how they are cut into pieces of work."""
 
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megascale.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
 """A source that every machine has: the standard library of the Python that runs."""
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
+TEXT_SUFFIXES = (
+    ".txt", ".txt.gz", ".txt.zst", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar",
+)
 """Files read from a folder when no pattern is given."""
 INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
 """Folders within a standard library that hold other people's packages."""
@@ -25,7 +26,7 @@ class Source:
     Attributes:
         root: what names are relative to.
         files: the files, at least one.
-        text_field: field of a JSON line, column of a parquet file.
+        text_field: field of a JSON line or of a tar's .json members, column of a parquet file.
         separator: what separates documents within a text file; a file is one document without it.
     """
 
@@ -53,34 +54,16 @@ class Source:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text and the share of the source's bytes that it stands for."""
+class Piece(NamedTuple):
+    """Some of a file: the lines that begin at bytes [start, stop), or all of it where these are its size."""
 
-    text: str
-    source_bytes: int
+    path: Path
+    start: int
+    stop: int
 
-
-@dataclass
-class ReadCounts:
-    """What was met while reading.
-
-    Attributes:
-        documents: texts with more than white space in them.
-        empty: the others, which are dropped.
-        bad_utf8: texts with bytes that aren't UTF-8, which are replaced.
-        bad_utf8_files: the first few files that hold such texts.
-    """
-
-    documents: int = 0
-    empty: int = 0
-    bad_utf8: int = 0
-    bad_utf8_files: list[str] = field(default_factory=list)
-
-    def note_bad_utf8(self, name: str) -> None:
-        self.bad_utf8 += 1
-        if len(self.bad_utf8_files) < 3 and name not in self.bad_utf8_files:
-            self.bad_utf8_files.append(name)
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
 
 
 def python_stdlib_folder() -> Path:
@@ -118,100 +101,27 @@ def find_source(
     return Source(root, tuple(files), text_field, separator)
 
 
-def read_documents(source: Source, counts: ReadCounts) -> Iterator[Document]:
-    """Yields the documents that hold more than white space, and counts the others.
+def cut_source(source: Source, chunk_bytes: int) -> list[tuple[Piece, ...]]:
+    """Cuts a source into chunks of about equal size, in its order: small files together, long JSON lines apart.
 
-    Bytes that aren't UTF-8 become U+FFFD and are counted.
-
-    Raises:
-        DataError: a file that can't be read, or a record without text; nothing is skipped.
+    A compressed file, a text file, a tar or a parquet file stays whole, so it is read by one process.
     """
+    chunks, pieces, size = [], [], 0
+    for piece in _cut_files(source, chunk_bytes):
+        pieces.append(piece)
+        size += piece.num_bytes
+        if size >= chunk_bytes:
+            chunks.append(tuple(pieces))
+            pieces, size = [], 0
+    return [*chunks, tuple(pieces)] if pieces else chunks
+
+
+def _cut_files(source: Source, chunk_bytes: int) -> Iterator[Piece]:
     for path in source.files:
-        readers = {".jsonl": read_json_lines, ".parquet": read_parquet}
-        try:
-            for document in readers.get(path.suffix, read_text)(path, source, counts):
-                if document.text.strip():
-                    counts.documents += 1
-                    yield document
-                else:
-                    counts.empty += 1
-        except OSError as error:
-            raise DataError(f"{path} can't be read ({error.strerror or error}); remove it from the source") from None
-
-
-def read_text(path: Path, source: Source, counts: ReadCounts) -> Iterator[Document]:
-    """The documents of a text file."""
-    content = path.read_bytes()
-    text = decode_utf8(content, source.name(path), counts)
-    texts = text.split(source.separator) if source.separator else [text]
-    for part in texts:
-        yield Document(part, len(content) // len(texts))
-
-
-def read_json_lines(path: Path, source: Source, counts: ReadCounts) -> Iterator[Document]:
-    """One document per line: the text field of a JSON object."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path} line {number}"
-            if not line.strip():
-                yield Document("", len(line))
-                continue
-            try:
-                record = json.loads(decode_utf8(line, source.name(path), counts))
-            except ValueError as error:
-                raise DataError(f"{where} isn't JSON ({error}); mend or remove the line") from None
-            keys = list(record) if isinstance(record, dict) else []
-            if source.text_field not in keys:
-                raise DataError(
-                    f"{where} has no field {source.text_field!r}; its fields: {keys}; choose by --text-field"
-                )
-            text = check_text(record[source.text_field], where)
-            yield Document(replace_surrogates(text, source.name(path), counts), len(line))
-
-
-def read_parquet(path: Path, source: Source, counts: ReadCounts) -> Iterator[Document]:
-    """One document per row: the text column. Needs pyarrow."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise DataError(f"{path} needs pyarrow; install it with: pip install 'megascale[parquet]'") from None
-    try:
-        file = ParquetFile(path)
-        columns = file.schema_arrow.names
-        if source.text_field not in columns:
-            raise DataError(
-                f"{path} has no column {source.text_field!r}; its columns: {columns}; choose by --text-field"
-            )
-        row_bytes = file_stat(path).st_size // max(1, file.metadata.num_rows)
-        batches = file.iter_batches(columns=[source.text_field])
-        for number, text in enumerate(chain.from_iterable(batch.column(0).to_pylist() for batch in batches), 1):
-            yield Document(check_text(text, f"{path} row {number}"), row_bytes)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} can't be read as parquet ({error}); mend or remove it") from None
-
-
-def decode_utf8(content: bytes, name: str, counts: ReadCounts) -> str:
-    """Decodes UTF-8; bytes that aren't become U+FFFD and are counted once per text."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        counts.note_bad_utf8(name)
-        return content.decode(errors="replace")
-
-
-def replace_surrogates(text: str, name: str, counts: ReadCounts) -> str:
-    """Replaces lone surrogates, which JSON can spell and UTF-8 can't, and counts the text."""
-    return decode_utf8(text.encode(errors="surrogatepass"), name, counts)
-
-
-def check_text(text: object, where: str) -> str:
-    """Takes a record's value as text; null is an empty text."""
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise DataError(f"{where} holds a {type(text).__name__} where text is expected; choose by --text-field")
-    return text
+        size = file_stat(path).st_size
+        step = chunk_bytes if path.suffix == ".jsonl" else max(1, size)
+        for start in range(0, max(1, size), step):
+            yield Piece(path, start, min(start + step, size))
 
 
 def file_stat(path: Path):

@@ -1,33 +1,92 @@
-"""Shows what a model reads: a row, decoded."""
+"""Shows what a model reads: a row, decoded, with its source."""
 
 from pathlib import Path
 
-from megascale.data.manifest import load_manifest
-from megascale.data.order import RowOrder
-from megascale.data.rows import CorpusRows
-from megascale.data.tokenizer import load_tokenizer
+import numpy as np
+
+from megascale.config.data import ONLY_CORPUS, CorpusConfig, DataConfig
+from megascale.data.manifest import load_manifest, read_tokenizer
+from megascale.data.mixture import PERIOD, MixtureStage
+from megascale.data.order import CorpusShape, RowOrder
+from megascale.data.row import Row
+from megascale.data.rows import Corpus, open_corpus
+from megascale.data.stream import Stream
+from megascale.data.tokenizer import parse_tokenizer
 from megascale.errors import DataError
 
 
-def describe_row(folder: Path, split: str, number: int, seq_len: int, seed: int | None) -> str:
-    """One row as text, with where it comes from.
+def describe_corpus_row(folder: Path, split: str, number: int, seq_len: int, packing: str, seed: int | None) -> str:
+    """One row of a corpus as text, with where its pieces come from.
 
     Args:
         folder: the corpus.
         split: `train` or `validation`.
         number: row number.
         seq_len: input tokens of a row.
-        seed: seed of a run whose order numbers the rows; without it they are numbered as they lie in the shards.
+        packing: `concat`, `bestfit` or `none`.
+        seed: of a run over this corpus alone, whose order numbers the rows; without it they are numbered as they lie
+            in the shards.
+
+    Raises:
+        DataError: no such corpus or row, or damage.
     """
-    rows = CorpusRows(load_manifest(folder, split), seq_len)
-    if number < 0 or (seed is None and number >= rows.num_rows):
-        raise DataError(f"--row {number} is not in 0 .. {rows.num_rows - 1}, the rows of {rows.manifest.split_folder}")
+    data, manifest = DataConfig(folder=str(folder), packing=packing), load_manifest(str(folder), split)
+    source = CorpusConfig(folder=str(folder), weight=1.0)
+    corpus = open_corpus(ONLY_CORPUS, source, split, data, seq_len, manifest.vocab_size)
+    if number < 0 or (seed is None and number >= corpus.num_rows):
+        raise DataError(f"--row {number} is not in 0 .. {corpus.num_rows - 1}, the rows of {manifest.index_place}")
     if seed is None:
-        epoch, (shard, row) = 0, rows.locate_unshuffled(number)
+        epoch, (shard, row) = 0, corpus.locate_unshuffled(number)
     else:
-        epoch, shard, row = (int(x[0]) for x in RowOrder(rows.rows_per_shard, seed).locate([number]))
-    tokens = rows.read(shard, row)
-    start, stop = rows.token_range(shard, row)
-    text = load_tokenizer(rows.manifest.tokenizer_path).decode(tokens.tolist(), skip_special_tokens=False)
-    place = f"epoch {epoch}, {rows.manifest.shards[shard].name}, row {row}, tokens {start} .. {stop - 1}"
-    return f"row {number}: {place}\n{text}"
+        shape, stage = CorpusShape(ONLY_CORPUS, corpus.rows_per_shard), MixtureStage(0, (PERIOD,))
+        order = RowOrder([shape], [stage], seed, data.num_lanes, data.window_rows)
+        _, epoch, shard, row = (int(array[0]) for array in order.locate([number]))
+    return describe_row(corpus, number, epoch, shard, row, corpus.read(shard, row))
+
+
+def describe_run_row(stream: Stream, number: int) -> str:
+    """One row of a run as text, by its global number, as the run read it.
+
+    Raises:
+        DataError: no such row, or damage.
+    """
+    if number < 0:
+        raise DataError(f"row {number} of a run: rows are numbered from 0")
+    read = stream.read([number])
+    if read.rows[0] is None:
+        raise DataError(read.faults[0].reason)
+    corpus, epoch, shard, row = (int(array[0]) for array in read.places)
+    return describe_row(stream.corpora[corpus], number, epoch, shard, row, read.rows[0])
+
+
+def describe_row(corpus: Corpus, number: int, epoch: int, shard: int, row: int, read: Row) -> str:
+    """A row as text, piece by piece.
+
+    Args:
+        corpus: that it is of.
+        number: under which it is asked for.
+        epoch: of the corpus.
+        shard, row: where it lies.
+        read: its tokens as they are read, rearranged to fill in the middle or not.
+    """
+    manifest, pieces = corpus.manifest, corpus.describe(shard, row)
+    tokenizer = parse_tokenizer(read_tokenizer(manifest), manifest.tokenizer_place)
+    lines = [
+        f"row {number}: corpus {corpus.name}, epoch {epoch}, {manifest.shard(shard).name}, row {row}: "
+        f"{len(read.tokens)} tokens in {len(pieces)} pieces, {manifest.shard_place(shard)}"
+    ]
+    for place, tokens in zip(pieces, np.split(read.tokens, read.ends[:-1]), strict=True):
+        lines.append(
+            f"--- block {place.block}, document {place.document}, tokens {place.start} .. {place.stop - 1} of the shard"
+            f"{describe_change(len(tokens), place.stop - place.start, tokens[-1] == manifest.eos_id)}"
+        )
+        lines.append(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+    return "\n".join(lines)
+
+
+def describe_change(num_read: int, num_tokens: int, is_end: bool) -> str:
+    """What is to be said of a piece beside where it lies."""
+    notes = ["rearranged to fill in the middle"] if num_read != num_tokens else []
+    if not is_end:
+        notes.append("the document goes on")
+    return f" ({', '.join(notes)})" if notes else ""

@@ -12,10 +12,11 @@ from megascale.errors import DataError
 
 
 @contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `out` to build in, and removes it if the body fails.
+def partial_folder(out: Path, kept: str) -> Iterator[Path]:
+    """Gives a folder beside `out` to build in, with what an earlier build of `out` left there.
 
-    The folder is locked: what a killed build left is cleared by the next one, and two builds of one folder don't mix.
+    If the body fails, the folder stays when a file in it matches the glob `kept`, work that the next build needn't do
+    again. The folder is locked, so that two builds of one folder don't mix.
 
     Raises:
         DataError: another build of `out` runs, or the disk refuses a write.
@@ -26,16 +27,19 @@ def partial_folder(out: Path) -> Iterator[Path]:
         handle = os.open(partial, os.O_RDONLY)
         try:
             lock_folder(handle, out)
-            clear_folder(partial)
             try:
                 yield partial
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                if not any(partial.glob(kept)):
+                    shutil.rmtree(partial, ignore_errors=True)
                 raise
         finally:
             os.close(handle)
     except OSError as error:
-        raise DataError(f"corpus {out} can't be written ({error}); mend that or choose another --out") from error
+        raise DataError(
+            f"corpus {out} can't be written ({error}); mend that and give the command again, which goes on where this "
+            "one ended, or choose another --out"
+        ) from error
 
 
 def lock_folder(handle: int, out: Path) -> None:
@@ -55,10 +59,11 @@ def clear_folder(folder: Path) -> None:
             child.unlink()
 
 
-def check_replaceable(out: Path, marker: str) -> None:
-    """Refuses a place that holds anything but an empty folder or a folder with the file `marker` in it."""
-    if out.exists() and not (out / marker).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out} exists and isn't a corpus (no {marker} in it); choose another --out")
+def check_replaceable(out: Path, *markers: str) -> None:
+    """Refuses a place that holds anything but an empty folder or a folder with one of `markers` in it."""
+    is_known = any((out / marker).exists() for marker in markers)
+    if out.exists() and not is_known and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} exists and isn't a corpus (no {markers[0]} in it); choose another --out")
 
 
 def replace_folder(finished: Path, out: Path) -> None:

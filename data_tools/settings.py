@@ -12,8 +12,10 @@ class BuildSettings:
     Attributes:
         vocab_size: entries at most of the tokenizer to train; without meaning when a tokenizer is given.
         eos_token: the token that ends a document.
+        special_tokens: further tokens without text of their own, such as those of fill-in-the-middle.
         validation_fraction: share of the documents set aside, chosen by their text, so that copies of a text are on
             one side. 0 makes no validation split.
+        deduplicate: drop exact copies of an earlier text.
         seed: of the order in which documents are laid into shards.
         shard_tokens: tokens of a shard. 2^26 make files of 128 MiB: large enough for object stores, small enough to
             replace.
@@ -22,7 +24,9 @@ class BuildSettings:
 
     vocab_size: int = 4096
     eos_token: str = EOS_TOKEN
+    special_tokens: tuple[str, ...] = ()
     validation_fraction: float = 0.05
+    deduplicate: bool = False
     seed: int = 0
     shard_tokens: int = 1 << 26
     block_tokens: int = 1 << 20

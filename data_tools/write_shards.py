@@ -5,18 +5,36 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from webdataset import TarWriter
 
-from megascale.data.manifest import DOCUMENT_DTYPE, INDEX_MEMBER, BlockEntry, Manifest, ShardInfo
+from megascale.data.manifest import (
+    DOCUMENT_DTYPE,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    INDEX_MEMBER,
+    TABLE_FILE,
+    BlockEntry,
+    Index,
+    ShardInfo,
+    index_bytes,
+    shard_name,
+    table_bytes,
+    table_of,
+)
 
 
 def write_shards(
-    folder: Path, documents: Iterable[np.ndarray], dtype: np.dtype, shard_tokens: int, block_tokens: int
+    folder: Path,
+    documents: Iterable[np.ndarray],
+    dtype: np.dtype,
+    shard_tokens: int,
+    block_tokens: int,
+    first_number: int = 0,
 ) -> tuple[ShardInfo, ...]:
     """Writes documents into the numbered shards of a folder, which must be new.
 
@@ -29,18 +47,36 @@ def write_shards(
         dtype: type of a token on disk.
         shard_tokens: tokens of a shard.
         block_tokens: tokens of a block; at most those of a shard.
+        first_number: number of the first shard.
     """
     folder.mkdir(parents=True)
     blocks = group_documents(documents, min(block_tokens, shard_tokens))
     shards: list[ShardInfo] = []
     for block in blocks:
-        shards.append(write_shard(folder, len(shards), chain([block], blocks), dtype, shard_tokens))
+        shards.append(write_shard(folder, first_number + len(shards), chain([block], blocks), dtype, shard_tokens))
     return tuple(shards)
 
 
-def write_index(manifest: Manifest) -> None:
-    """Writes `index.json`, which declares a split complete: after all its shards, and whole or not at all."""
-    write_file(manifest.index_path, manifest.to_json().encode())
+def write_index(folder: Path, shards: Sequence[ShardInfo], **facts) -> None:
+    """Writes the table of a split's shards, then `index.json`, which declares it complete, each whole or not at all.
+
+    Args:
+        folder: folder of the split.
+        shards: all of its shards.
+        facts: the other fields of `Index`: split, dtype, vocab_size, eos_id, text_bytes, tokenizer_file,
+            tokenizer_sha256.
+    """
+    table = table_bytes(table_of(list(shards)))
+    index = Index(
+        format_version=FORMAT_VERSION,
+        num_shards=len(shards),
+        num_tokens=sum(shard.tokens for shard in shards),
+        num_documents=sum(shard.documents for shard in shards),
+        table_sha256=hashlib.sha256(table).hexdigest(),
+        **facts,
+    )
+    write_file(folder / TABLE_FILE, table)
+    write_file(folder / INDEX_FILE, index_bytes(index))
 
 
 def group_documents(documents: Iterable[np.ndarray], block_tokens: int) -> Iterator[list[np.ndarray]]:
@@ -60,7 +96,7 @@ def write_shard(
     folder: Path, number: int, blocks: Iterator[list[np.ndarray]], dtype: np.dtype, shard_tokens: int
 ) -> ShardInfo:
     """Writes one shard from the next blocks, and takes no more of them than the shard holds."""
-    path = folder / f"shard-{number:06d}.tar"
+    path = folder / shard_name(number)
     table: list[BlockEntry] = []
     with path.with_suffix(".tmp").open("xb") as raw:
         file = HashingWriter(raw)
@@ -75,15 +111,15 @@ def write_shard(
         os.fsync(raw.fileno())
         path.with_suffix(".tmp").rename(path)
         return ShardInfo(
-            name=path.name,
+            number=number,
             bytes=raw.tell(),
-            sha256=file.digest.hexdigest(),
             tokens=sum(entry.tokens for entry in table),
             documents=sum(entry.documents for entry in table),
             blocks=len(table),
             index_offset=index_offset,
             index_bytes=len(index),
             index_crc32=zlib.crc32(index),
+            sha256=file.digest.hexdigest(),
         )
 
 

@@ -1,19 +1,25 @@
 """N-gram baselines of a run: models of one to three tokens, fitted on exactly the tokens that the run has read."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from data_tools.ngram import fit_ngrams
+from megascale.config.derive import derive
+from megascale.config.layout_rules import num_model_ranks
 from megascale.config.load import load_config
-from megascale.config.schema import RunConfig
-from megascale.data.order import RowOrder
-from megascale.data.rows import CorpusRows, open_rows, rows_read
+from megascale.data.stream import Stream, open_stream, open_validation
 from megascale.errors import CheckpointError
 from megascale.observe.run_files import CONFIG_FILE, BaselineFit, read_metrics, write_baselines
 
+ROWS_AT_ONCE = 1024
+"""Rows that are located in one call, which spreads its fixed cost."""
+
 
 def fit_baselines(run_folder: Path) -> BaselineFit:
-    """Fits the baselines, evaluates them on the whole validation split and writes `baselines.json`.
+    """Fits the baselines, evaluates them on the whole validation splits and writes `baselines.json`.
 
     Raises:
         CheckpointError: the folder holds no run that has logged a step.
@@ -22,14 +28,13 @@ def fit_baselines(run_folder: Path) -> BaselineFit:
     if not steps:
         raise CheckpointError(f"{run_folder}: no run here has logged a step; train it first")
     config = load_config(run_folder / CONFIG_FILE)
-    train_rows, validation_rows = (_open(config, split) for split in ("train", "validation"))
+    derived = derive(config, num_model_ranks(config.parallel))
     started_s = time.perf_counter()
-    num_rows = max(steps) * (config.train.global_batch_tokens // config.train.seq_len)
-    order = RowOrder(train_rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
-    read = list(rows_read(train_rows, order, 0, num_rows))
+    read = list(rows_read(open_stream(config, derived), derived.batches.first_row(max(steps))))
     model = fit_ngrams(read, config.model.vocab_size)
     losses = model.evaluate(
-        validation_rows.read(*validation_rows.locate_unshuffled(number)) for number in range(validation_rows.num_rows)
+        corpus.read(*corpus.locate_unshuffled(number)).tokens
+        for corpus in open_validation(config) for number in range(corpus.num_rows)
     )
     fit = BaselineFit(step=max(steps), num_tokens=sum(len(row) - 1 for row in read), losses=losses)
     write_baselines(run_folder, [fit])
@@ -38,5 +43,8 @@ def fit_baselines(run_folder: Path) -> BaselineFit:
     return fit
 
 
-def _open(config: RunConfig, split: str) -> CorpusRows:
-    return open_rows(config.data.folder, split, config.train.seq_len, config.model.vocab_size)
+def rows_read(stream: Stream, num_rows: int) -> Iterator[np.ndarray]:
+    """Yields the tokens of the first rows of a run, those that were masked left out."""
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        rows = stream.read(np.arange(first, min(first + ROWS_AT_ONCE, num_rows))).rows
+        yield from (row.tokens for row in rows if row)

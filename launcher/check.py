@@ -7,7 +7,10 @@ from launcher.train import check_data, default_num_ranks
 from megascale.config.derive import Derived, derive, describe
 from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
+from megascale.data.location import is_local, local_path
 from megascale.data.manifest import INDEX_FILE
+from megascale.data.plan import describe_plan
+from megascale.data.stream import plan_stream
 from megascale.errors import LaunchError
 from megascale.model.flops import layer_costs, num_parameters, train_flops_per_token
 from megascale.parallel.stages import ideal_idle_fraction, plan_stages
@@ -30,7 +33,7 @@ def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | No
         *describe_stages(config, derived),
         ("parameters", f"{parameters:,}, {config.model.padded_vocab_size} rows of vocabulary included"),
         ("FLOPs per token", f"{flops:,} forward and backward; {flops * derived.total_tokens:.3g} for the run"),
-        ("corpus", describe_corpus(config, derived)),
+        *describe_corpora(config, derived),
     ]
     for name, value in lines:
         print(f"{name:>18}  {value}")
@@ -54,14 +57,16 @@ def describe_stages(config: RunConfig, derived: Derived) -> list[tuple[str, str]
     return lines
 
 
-def describe_corpus(config: RunConfig, derived: Derived) -> str:
-    """How often the run reads the corpus, or that there is none yet."""
-    folder = Path(config.data.folder)
-    if not (folder / "train" / INDEX_FILE).exists():
-        return f"{folder} is not built yet (megascale data build)"
-    train_rows = check_data(config, derived)
-    epochs = config.train.max_steps * derived.rows_per_step / train_rows.num_rows
-    return (
-        f"{train_rows.manifest.num_tokens:,} tokens in {train_rows.num_rows:,} rows of {folder}; the run reads them"
-        f" {epochs:.2f} times"
-    )
+def describe_corpora(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
+    """What the run reads of each corpus, or that there is none yet."""
+    folders = [local_path(source.folder) for source in config.data.sources.values() if is_local(source.folder)]
+    missing = [folder for folder in folders if not (folder / "train" / INDEX_FILE).exists()]
+    if missing:
+        return [("corpus", f"{folder} is not built yet (megascale data build)") for folder in missing]
+    stream = check_data(config, derived)
+    lines = [
+        ("corpus", f"{corpus.name}: {corpus.manifest.num_tokens:,} tokens in {corpus.num_rows:,} rows of"
+                   f" {corpus.manifest.folder}")
+        for corpus in stream.corpora
+    ]
+    return [*lines, *describe_plan(plan_stream(config, derived, stream))]

@@ -36,11 +36,18 @@ def train(
 def check(
     config: ConfigPath, overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option("--nproc", help="Ranks of the run, on any machines.")] = None,
+    leak: Annotated[bool, typer.Option(
+        "--leak", help="Start ranks here, and test that documents packed into a row don't see each other.")] = False,
 ) -> None:
-    """Check a config and print what follows from it, without starting anything."""
-    from launcher.check import print_check
+    """Check a config and print what follows from it, without training anything."""
+    if leak:
+        from launcher.leak import check_leak
 
-    print_check(config, overrides or [], nproc)
+        check_leak(config, overrides or [], nproc)
+    else:
+        from launcher.check import print_check
+
+        print_check(config, overrides or [], nproc)
 
 
 @app.command()

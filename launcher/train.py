@@ -17,7 +17,10 @@ from launcher.local import (
 from megascale.config.derive import Derived, derive
 from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
-from megascale.data.rows import CorpusRows, check_batch, open_rows
+from megascale.data.manifest import check_shard_files, read_tokenizer
+from megascale.data.rows import check_batches
+from megascale.data.stream import Stream, open_stream, open_validation, plan_stream
+from megascale.data.transfer import access_of
 from megascale.errors import ConfigError
 
 MAX_DEFAULT_CPU_RANKS = 8
@@ -45,18 +48,21 @@ def start_training(config_path: Path, overrides: Sequence[str], num_ranks: int |
     run_local(arguments, num_ranks)
 
 
-def check_data(config: RunConfig, derived: Derived) -> CorpusRows:
-    """Refuses a corpus that the run can't be trained and validated on, as far as that shows without reading tokens.
+def check_data(config: RunConfig, derived: Derived) -> Stream:
+    """Refuses corpora that the run can't be trained and validated on, as far as that shows without reading tokens.
 
     Returns:
-        The training split.
+        The rows of the run.
     """
-    train_rows, _ = (
-        open_rows(config.data.folder, split, config.train.seq_len, config.model.vocab_size)
-        for split in ("train", "validation")
-    )
-    check_batch(train_rows, derived.rows_per_step, config.train.micro_batch_size, derived.dp)
-    return train_rows
+    stream, access = open_stream(config, derived), access_of(config.data)
+    plan_stream(config, derived, stream)
+    check_batches(stream.corpora, derived.batches, config.train.micro_batch_size, derived.dp)
+    validation = open_validation(config)
+    for corpus in (*stream.corpora, *validation):
+        read_tokenizer(corpus.manifest, access)
+    for corpus in validation if stream.masks_faults else (*stream.corpora, *validation):
+        check_shard_files(corpus.manifest)
+    return stream
 
 
 def is_restart(environment: dict[str, str]) -> bool:

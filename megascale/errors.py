@@ -4,6 +4,8 @@ A message says what was asked, the numbers, the rule, the nearest legal choice a
 mended without reading the code. The command line prints the message alone; a traceback is for our own bugs.
 """
 
+import re
+
 EXIT_OK = 0
 EXIT_DIFFERENT = 1
 """Two things that were compared are not the same."""
@@ -18,10 +20,19 @@ EXIT_PEER_LOST = 76
 """This rank failed only because another one was gone: the launcher looks for the other's reason."""
 
 
+def redact(text: str) -> str:
+    """A message without the passwords and tokens of the urls in it."""
+    without_users = re.sub(r"(?<=://)[^/?\s'\"]*@", "***@", text)
+    return re.sub(r"(\w+://[^\s?'\"]*\?)[^\s'\"]+", r"\1***", without_users)
+
+
 class MegascaleError(Exception):
-    """Base of all errors that carry a message for the user."""
+    """Base of all errors that carry a message for the user; no message holds a url's secrets."""
 
     exit_code = EXIT_RUN
+
+    def __init__(self, message: object = ""):
+        super().__init__(redact(str(message)))
 
 
 class ConfigError(MegascaleError):
@@ -60,6 +71,12 @@ class LaunchError(MegascaleError):
 
 class NonFiniteError(MegascaleError):
     """A loss or gradient was NaN or infinite, and the policy is to stop."""
+
+
+class LeakError(MegascaleError):
+    """Documents of a row see each other though they are to be kept apart, or it can't be told whether they do."""
+
+    exit_code = EXIT_DIFFERENT
 
 
 class RankFailedError(MegascaleError):

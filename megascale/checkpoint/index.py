@@ -16,13 +16,14 @@ from typing import Any
 from megascale.checkpoint.files import FileRecord, read_bounded
 from megascale.checkpoint.records import MisfitError, parse_record
 from megascale.checkpoint.state import RunState
+from megascale.data.stream import StreamRecord
 from megascale.errors import CheckpointError
 from megascale.parallel.boxes import Box, tiles_exactly
 
 INDEX_NAME = "index.json"
 SUMS_NAME = "SHA256SUMS"
 FORMAT_NAME = "megascale-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_JSON_BYTES = 32 << 20
 """Largest index, list of hashes or acknowledgement that is read: 200,000 slices, twice what 10,000 ranks write for a
 70B model, and an upper bound on what a hostile file can make a reader allocate."""
@@ -97,14 +98,16 @@ class RunRecord:
         run_id: made once for a run folder, so that a stranger's checkpoint is never taken for one's own.
         config: the resolved config as plain nested values.
         config_fingerprint: hash of the part of the config that decides what is computed.
-        data_fingerprints: hash of each split of the corpus.
+        stream: what its rows depend on beside the config.
+        validation: fingerprint of each corpus's validation split.
         code: versions of what computed it, see `code_versions`.
     """
 
     run_id: str
     config: dict[str, Any]
     config_fingerprint: str
-    data_fingerprints: dict[str, str]
+    stream: StreamRecord
+    validation: dict[str, str]
     code: dict[str, str]
 
 

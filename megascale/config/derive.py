@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from megascale.config.batch_plan import BatchPlan
+from megascale.config.layout_rules import batch_sizes
 from megascale.config.schema import RunConfig
+from megascale.config.training import TrainConfig
 from megascale.config.validate import check_config
 
 
@@ -13,8 +16,8 @@ class Derived:
     Attributes:
         world_size: ranks of the run.
         dp: replicas of the model.
-        rows_per_step: rows of one optimizer step over all replicas.
-        num_micro_batches: forward passes of one replica in one step.
+        batches: rows of each optimizer step over all replicas.
+        num_micro_batches: forward passes of one replica in one step, of the last size of the batch as the next one.
         tokens_per_step: input tokens of one step over all replicas.
         total_tokens: input tokens of the whole run.
         horizon_steps: step at which the learning-rate schedule ends.
@@ -25,7 +28,7 @@ class Derived:
 
     world_size: int
     dp: int
-    rows_per_step: int
+    batches: BatchPlan
     num_micro_batches: int
     tokens_per_step: int
     total_tokens: int
@@ -44,19 +47,25 @@ def derive(config: RunConfig, world_size: int, source: str | None = None) -> Der
     check_config(config, world_size, source)
     parallel, train = config.parallel, config.train
     dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
-    rows_per_step = train.global_batch_tokens // train.seq_len
+    batches = plan_batches(train)
     return Derived(
         world_size=world_size,
         dp=dp,
-        rows_per_step=rows_per_step,
-        num_micro_batches=rows_per_step // (train.micro_batch_size * dp),
+        batches=batches,
+        num_micro_batches=batches.sizes[-1] // (train.micro_batch_size * dp),
         tokens_per_step=train.global_batch_tokens,
-        total_tokens=train.global_batch_tokens * train.max_steps,
+        total_tokens=batches.first_row(train.max_steps) * train.seq_len,
         horizon_steps=config.optimizer.horizon_steps or train.max_steps,
         num_stages=parallel.num_stages,
         attention_columns=train.seq_len // parallel.cp,
         residual_columns=train.seq_len // parallel.cp // (parallel.tp if parallel.is_sequence_parallel else 1),
     )
+
+
+def plan_batches(train: TrainConfig) -> BatchPlan:
+    """The rows of each step, those of the ramp first."""
+    first_steps = (0, *(stage.until_step for stage in train.batch_ramp))
+    return BatchPlan(first_steps, tuple(tokens // train.seq_len for tokens in batch_sizes(train).values()))
 
 
 def describe(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
@@ -68,14 +77,26 @@ def describe(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
                   f" = {model_ranks})"),
         ("tokens per step", f"{derived.tokens_per_step:,} = micro-batch {train.micro_batch_size} x accumulation"
                             f" {derived.num_micro_batches} x dp {derived.dp} x seq_len {train.seq_len}"),
-        ("rows per step", f"{derived.rows_per_step:,} = {derived.tokens_per_step:,} / seq_len {train.seq_len}"),
-        ("tokens of the run", f"{derived.total_tokens:,} = {derived.tokens_per_step:,} x {train.max_steps:,} steps"),
+        ("rows per step", f"{derived.batches.sizes[-1]:,} = {derived.tokens_per_step:,} / seq_len {train.seq_len}"),
+        *_describe_length(config, derived),
         *_describe_axes(config, derived),
         ("sharding", _describe_sharding(config, derived)),
         ("precision", f"{config.precision.dtype} parameters and activations, fp32 masters, moments and accumulation"
                       f"{', fp8 products in linear layers' if config.precision.fp8_linear else ''}"),
         ("recompute", _describe_recompute(config)),
     ]
+
+
+def _describe_length(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
+    """Tokens of the run, and how its batch grows."""
+    train, batches = config.train, derived.batches
+    if not train.batch_ramp:
+        return [("tokens of the run",
+                 f"{derived.total_tokens:,} = {derived.tokens_per_step:,} x {train.max_steps:,} steps")]
+    starts = zip(batches.first_steps, batches.sizes, strict=True)
+    sizes = ", ".join(f"{rows:,} rows from step {first:,}" for first, rows in starts)
+    return [("batch ramp", sizes),
+            ("tokens of the run", f"{derived.total_tokens:,} in {train.max_steps:,} steps, with the ramp")]
 
 
 def _describe_axes(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:

@@ -12,6 +12,17 @@ SAME_MATHS = (
     "run.name",
     "run.folder",
     "data.folder",
+    "data.corpora",
+    "data.corpora.",
+    "data.stages",
+    "data.horizon_steps",
+    "data.store",
+    "data.cache.",
+    "data.fetch_attempts",
+    "data.fetch_timeout_s",
+    "data.allow_commands",
+    "data.on_bad_shard",
+    "data.max_masked_rows",
     "train.micro_batch_size",
     "train.max_steps",
     "train.recompute",
@@ -27,7 +38,8 @@ SAME_MATHS = (
     "observe.",
 )
 """Keys (a dot at the end: whole sections) that may differ when a run is resumed: they set where it lives, how it is
-laid out and what is logged, never what is computed. The corpus has a fingerprint of its own, so its folder may move.
+laid out and what is logged, never what is computed. Corpora and their mixture are compared by what was read of them
+(`megascale.checkpoint.compare`), so folders may move and what hasn't begun may change.
 A longer `train.max_steps` alone changes `optimizer.horizon_steps`, which does count, unless that is given."""
 
 

@@ -16,7 +16,7 @@ from megascale.config.schedules import (
     takes_micro_batches,
 )
 from megascale.config.schema import RunConfig
-from megascale.config.training import ParallelConfig
+from megascale.config.training import ParallelConfig, TrainConfig
 
 MAX_PROPOSALS = 3
 
@@ -39,6 +39,13 @@ def batch_unit(config: RunConfig, world_size: int) -> int | None:
     return None if rest else config.train.micro_batch_size * config.train.seq_len * num_replicas
 
 
+def batch_sizes(train: TrainConfig) -> dict[str, int]:
+    """Tokens of each size that the batch has during the run, by their keys, in the order of the steps."""
+    ramp = {f"batch_ramp.{number}.global_batch_tokens": stage.global_batch_tokens
+            for number, stage in enumerate(train.batch_ramp)}
+    return ramp | {"global_batch_tokens": train.global_batch_tokens}
+
+
 def nearest_layouts(config: RunConfig, world_size: int) -> list[ParallelConfig]:
     """The legal layouts of `world_size` ranks nearest to the one asked for, nearest first.
 
@@ -56,7 +63,8 @@ def nearest_layouts(config: RunConfig, world_size: int) -> list[ParallelConfig]:
     for degrees in sorted((d for d in layouts if world_size % (d[0] * d[1] * d[2]) == 0), key=distance):
         candidate = _with_degrees(config, *degrees)
         unit = batch_unit(candidate, world_size)
-        if config.train.global_batch_tokens % unit == 0 and not layout_problems(candidate, world_size):
+        is_even = not any(tokens % unit for tokens in batch_sizes(config.train).values())
+        if is_even and not layout_problems(candidate, world_size):
             found.append(candidate.parallel)
             if len(found) == MAX_PROPOSALS:
                 break
@@ -190,11 +198,17 @@ def _hand_split_rules(config: RunConfig, world_size: int) -> Iterable[str]:
 
 
 def _micro_batch_rules(config: RunConfig, world_size: int) -> Iterable[str]:
-    parallel, train = config.parallel, config.train
     unit = batch_unit(config, world_size)
-    if parallel.pp == 1 or unit is None or train.global_batch_tokens % unit:
+    if config.parallel.pp == 1 or unit is None:
         return
-    number = train.global_batch_tokens // unit
+    for key, tokens in batch_sizes(config.train).items():
+        if tokens % unit == 0:
+            yield from _micro_batches_of(config, key, tokens, unit)
+
+
+def _micro_batches_of(config: RunConfig, key: str, tokens: int, unit: int) -> Iterable[str]:
+    """Whether the schedule can run one size of the batch."""
+    parallel, train, number = config.parallel, config.train, tokens // unit
     stages = (parallel.pp, parallel.stages_per_rank)
     if takes_micro_batches(parallel.schedule, *stages, number):
         return
@@ -205,12 +219,12 @@ def _micro_batch_rules(config: RunConfig, world_size: int) -> Iterable[str]:
     nearest_size = min(sizes, key=lambda size: abs(log2(size / train.micro_batch_size)), default=None)
     schedules = [name for name in schedules_that_take(*stages, number)
                  if not (train.compile and SCHEDULES[name].defers_weights)]
-    remedies = [f"a global_batch_tokens of {' or '.join(batches)}"]
+    remedies = [f"a {key} of {' or '.join(batches)}"]
     remedies += [f"micro_batch_size {nearest_size} ({rows // nearest_size} micro-batches)"] if nearest_size else []
     remedies += [f"schedule {' or '.join(schedules)}"] if schedules else []
     yield (
-        f"parallel.schedule = {parallel.schedule} can't run {number} micro-batches (global_batch_tokens"
-        f" {train.global_batch_tokens} / {unit}) over pp {parallel.pp}:"
+        f"parallel.schedule = {parallel.schedule} can't run {number} micro-batches ({key} {tokens} /"
+        f" {unit}) over pp {parallel.pp}:"
         f" {micro_batch_rule(parallel.schedule, *stages, number)}; use {', or '.join(remedies)}"
     )
 

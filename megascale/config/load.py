@@ -148,11 +148,18 @@ def _did_you_mean(location: tuple) -> str:
 
 
 def _section_at(sections: list) -> type[BaseModel] | None:
-    current: type[BaseModel] = RunConfig
+    current: type[BaseModel] | None = RunConfig
     for name in sections:
         field = current.model_fields.get(str(name))
-        annotations = (field.annotation, *get_args(field.annotation)) if field else ()
-        current = next((a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if field is not None:  # else it is a key of a dict of sections, or a number in a list of them
+            current = _section_in(field.annotation)
         if current is None:
             return None
     return current
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, or holds several of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

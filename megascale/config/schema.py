@@ -4,10 +4,10 @@ from pydantic import Field
 
 from megascale.config.base import Section
 from megascale.config.checkpoint import CheckpointConfig
+from megascale.config.data import DataConfig
 from megascale.config.model import ModelConfig
 from megascale.config.observe import ObserveConfig
 from megascale.config.training import (
-    DataConfig,
     EvaluateConfig,
     OptimizerConfig,
     ParallelConfig,

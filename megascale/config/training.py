@@ -1,4 +1,4 @@
-"""The sections that say how a run trains: data, batch, optimizer, precision, layout, evaluation."""
+"""The sections that say how a run trains: batch, optimizer, precision, layout, evaluation."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,22 +10,14 @@ from megascale.config.schedules import SCHEDULES
 BLOCK_PARTS = ("attention", "feed_forward")
 
 
-class DataConfig(Section):
-    """What the run reads."""
+class BatchStageConfig(Section):
+    """A smaller batch at the start of a run."""
 
-    folder: str = Field(min_length=1)
-    """Folder of a tokenized corpus, as `megascale data build` writes it: `train/`, `validation/`, `tokenizer.json`."""
+    until_step: int = Field(ge=1)
+    """The first step that no longer has it, counted from 0."""
 
-    num_lanes: int = Field(64, ge=1)
-    """Independent streams that the row order is woven from. Part of the order: a run never changes it. 64 lets up to
-    64 nodes each stay on few shards; on one machine it has no effect on speed."""
-
-    window_rows: int = Field(4096, ge=1)
-    """Rows of one lane that are shuffled among themselves. Larger mixes better and keeps more shards open."""
-
-    document_mask: bool = False
-    """Whether attention stays within a document and positions start again at 0 with each. Off, the default: a row is
-    one text to the model, as in GPT-2 and GPT-3 (arXiv 2005.14165, section 2.2). Part of what is computed."""
+    global_batch_tokens: int = Field(ge=1)
+    """Input tokens of a step until then; a multiple of micro_batch_size x seq_len x dp."""
 
 
 class TrainConfig(Section):
@@ -40,6 +32,10 @@ class TrainConfig(Section):
     global_batch_tokens: int = Field(ge=1)
     """Input tokens of one optimizer step over all replicas; a multiple of micro_batch_size x seq_len x dp. The number
     of micro-batches follows from it, so the batch is the same on any number of ranks."""
+
+    batch_ramp: Annotated[tuple[BatchStageConfig, ...], Field(strict=False)] = ()
+    """Smaller batches at the start, in the order of their steps; `global_batch_tokens` follows the last. Empty, the
+    default: one size throughout. A batch that grows saves tokens early on (GPT-3, arXiv 2005.14165, appendix B)."""
 
     max_steps: int = Field(ge=1)
     """Optimizer steps of the run."""
@@ -72,6 +68,18 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(10, ge=1)
     """Steps in a row that `on_nonfinite: skip` may skip before the run stops after all: a model that has diverged
     doesn't come back."""
+
+    @model_validator(mode="after")
+    def check_ramp(self) -> Self:
+        """Refuses sizes that don't rise with their steps."""
+        steps = [stage.until_step for stage in self.batch_ramp]
+        sizes = [*(stage.global_batch_tokens for stage in self.batch_ramp), self.global_batch_tokens]
+        if steps != sorted(set(steps)) or sizes != sorted(sizes):
+            raise ValueError(
+                f"train.batch_ramp: until_step {steps} and batches of {sizes} tokens, the last one"
+                " train.global_batch_tokens, must both rise from stage to stage"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_recompute(self) -> Self:
@@ -251,4 +259,4 @@ class EvaluateConfig(Section):
     """Steps between two validation passes; there is one more at the end of the run."""
 
     max_rows: int | None = Field(None, ge=1)
-    """Rows of the validation split to read, the same ones each time; all of them when not given."""
+    """Rows of each corpus's validation split to read, the same ones each time; all of them when not given."""

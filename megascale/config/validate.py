@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable
 
-from megascale.config.layout_rules import batch_unit, describe_proposals, layout_problems, nearest_multiples
+from megascale.config.layout_rules import (
+    batch_sizes,
+    batch_unit,
+    describe_proposals,
+    layout_problems,
+    nearest_multiples,
+)
 from megascale.config.schema import RunConfig
 from megascale.errors import ConfigError
 
@@ -37,13 +43,13 @@ def _batch_rules(config: RunConfig, world_size: int) -> Iterable[str]:
     unit = batch_unit(config, world_size)
     if unit is None:
         return  # without whole replicas there is no batch to deal out, and the layout's own rule says so
-    if train.global_batch_tokens % unit:
-        dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
-        yield (
-            f"train.global_batch_tokens = {train.global_batch_tokens} is not a multiple of micro_batch_size"
-            f" {train.micro_batch_size} x seq_len {train.seq_len} x dp {dp} = {unit}; the nearest are"
-            f" {nearest_multiples(train.global_batch_tokens, unit)}"
-        )
+    dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
+    for key, tokens in batch_sizes(train).items():
+        if tokens % unit:
+            yield (
+                f"train.{key} = {tokens} is not a multiple of micro_batch_size {train.micro_batch_size} x seq_len"
+                f" {train.seq_len} x dp {dp} = {unit}; the nearest are {nearest_multiples(tokens, unit)}"
+            )
 
 
 def _warmup_rules(config: RunConfig, world_size: int) -> Iterable[str]:

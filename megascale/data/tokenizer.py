@@ -18,10 +18,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not Path(path).is_file():
         raise DataError(f"no tokenizer at {path}; train one with: megascale data tokenizer SOURCE --out {path}")
+    return parse_tokenizer(Path(path).read_bytes(), str(path))
+
+
+def parse_tokenizer(content: bytes, place: str) -> Tokenizer:
+    """The tokenizer of which `content` is the file, likewise; `place` names it in messages."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} isn't a tokenizer file ({error}); restore it or train it again") from None
+        raise DataError(f"{place} isn't a tokenizer file ({error}); restore it or train it again") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True

@@ -42,7 +42,6 @@ class EngineSettings:
             parameters.
         clip_norm: largest L2 norm of the whole gradient, 0 for none.
         micro_batch_size: rows of a micro-batch on one replica.
-        num_micro_batches: micro-batches of a step on one replica; a pipeline's schedule is made for this many.
         pipeline: None for a model that is whole on this rank and its tp and cp peers.
         offload_optimizer: where masters, moments and the update live besides the device.
     """
@@ -50,7 +49,6 @@ class EngineSettings:
     zero_stage: int
     clip_norm: float
     micro_batch_size: int
-    num_micro_batches: int = 1
     pipeline: PipelineSettings | None = None
     offload_optimizer: Literal["none", "cpu"] = "none"
 
@@ -104,9 +102,10 @@ class Engine(Protocol):
     """Runs forward, backward and the sharded update; the only object that changes parameters."""
 
     def train_step(self, micro_batches: Sequence, *, step: int, num_tokens: int, learning_rate: float) -> StepOutput:
-        """Runs one optimizer step over this replica's micro-batches.
+        """Runs one optimizer step over this replica's micro-batches, of which each step may have another number.
 
         Args:
+            micro_batches: as many on every replica.
             step: number of the step, from 0; dropout is a function of it.
             num_tokens: label tokens of the global batch, by which the loss is divided.
         """

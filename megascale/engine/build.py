@@ -79,8 +79,8 @@ def build_runner(
     if pipeline is None:
         return MicroBatchRunner(model, objective, mesh.device)
     return build_pipeline(
-        model.stages, pipeline.stage_indices, pipeline.num_stages, pipeline.schedule, settings.num_micro_batches,
-        pipeline.hidden_shape, TORCH_DTYPE[precision.dtype], mesh.device, mesh.pp, objective, optimizer.add_gradient,
+        model.stages, pipeline.stage_indices, pipeline.num_stages, pipeline.schedule, pipeline.hidden_shape,
+        TORCH_DTYPE[precision.dtype], mesh.device, mesh.pp, objective, optimizer.add_gradient,
     )
 
 

@@ -7,6 +7,7 @@ rank itself: the ranks of a replica read the same rows.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -181,7 +182,7 @@ class PipelineRunner:
 
     Args:
         stages: this rank's, by number.
-        schedule: torch's, over the same stages; its loss function is `tally`.
+        build_schedule: torch's schedule of so many micro-batches over the same stages; its loss function is `tally`.
         hidden: a tensor on the meta device, like the hidden state of a micro-batch on this rank.
     """
 
@@ -191,14 +192,15 @@ class PipelineRunner:
         stages: dict[int, FedStage],
         feed: Feed,
         tally: LossTally,
-        schedule: schedules._PipelineSchedule,
+        build_schedule: Callable[[int], schedules._PipelineSchedule],
         hidden: torch.Tensor,
     ):
         self.place, self.stages, self.feed, self.tally = place, stages, feed, tally
-        self.schedule, self.hidden = schedule, hidden
+        self.schedule_of = lru_cache(1)(build_schedule)  # the batch grows seldom, and never falls back
+        self.hidden = hidden
 
     def run(self, micro_batches: Sequence, step: int, scale: float) -> torch.Tensor:
-        """Accumulates the gradient of `scale` x (sum of losses) over as many micro-batches as the pipeline is made for.
+        """Accumulates the gradient of `scale` x (sum of losses) over micro-batches, as many on each rank.
 
         Returns:
             Sum of negative log-likelihoods in nats, fp32 scalar on the device; zero where the last stage isn't.
@@ -211,7 +213,7 @@ class PipelineRunner:
         indices = torch.arange(len(micro_batches))
         first = (indices,) if 0 in self.stages else ()
         target = indices if self.place.last in self.stages else None
-        self.schedule.step(*first, index=indices, target=target, return_outputs=False)
+        self.schedule_of(len(micro_batches)).step(*first, index=indices, target=target, return_outputs=False)
         return self.tally.total
 
     @torch.no_grad()
@@ -288,7 +290,6 @@ def build_pipeline(
     stage_indices: Sequence[int],
     num_stages: int,
     schedule: str,
-    num_micro_batches: int,
     hidden_shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -300,7 +301,6 @@ def build_pipeline(
 
     Args:
         stages: called as `stage(inputs, context, labels, last_B)`, in the order of `stage_indices`.
-        num_micro_batches: of a step; the schedule is made for this many.
         hidden_shape: of the hidden state of a micro-batch on this rank, the same on all ranks of the pipeline.
         add_gradient: adds a weight gradient that came late to a parameter's main gradient. Of use in schedules that put
             them off: layers with an attribute `deferred` get a queue there.
@@ -315,21 +315,24 @@ def build_pipeline(
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     index, loss = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta", requires_grad=True)
     stage_class = LeanStage if HAS_LEAN_BUFFERS else PipelineStage
-    lean = [
-        stage_class(
-            stage, number, num_stages, device,
-            input_args=index if number == 0 else hidden,
-            output_args=loss if number == place.last else hidden,
-            group=pp.group,
-            dw_builder=None if deferred is None else deferred.pop,
+
+    def build_schedule(num_micro_batches: int) -> schedules._PipelineSchedule:
+        lean = [
+            stage_class(
+                stage, number, num_stages, device,
+                input_args=index if number == 0 else hidden,
+                output_args=loss if number == place.last else hidden,
+                group=pp.group,
+                dw_builder=None if deferred is None else deferred.pop,
+            )
+            for number, stage in fed.items()
+        ]
+        has_one_stage = SCHEDULES[schedule].max_stages_per_rank == 1
+        return SCHEDULE_CLASSES[schedule](
+            lean[0] if has_one_stage else lean, num_micro_batches, loss_fn=tally, scale_grads=False
         )
-        for number, stage in fed.items()
-    ]
-    has_one_stage = SCHEDULES[schedule].max_stages_per_rank == 1
-    torch_schedule = SCHEDULE_CLASSES[schedule](
-        lean[0] if has_one_stage else lean, num_micro_batches, loss_fn=tally, scale_grads=False
-    )
-    return PipelineRunner(place, fed, feed, tally, torch_schedule, hidden)
+
+    return PipelineRunner(place, fed, feed, tally, build_schedule, hidden)
 
 
 def build_forward_pipeline(
@@ -340,4 +343,4 @@ def build_forward_pipeline(
     def refuse(*_) -> tuple:
         raise ValueError("this pipeline has no objective: it can be asked for logits alone")
 
-    return build_pipeline([stage], [pp.rank], pp.size, "gpipe", 1, (1, 1, d_model), dtype, device, pp, refuse, refuse)
+    return build_pipeline([stage], [pp.rank], pp.size, "gpipe", (1, 1, d_model), dtype, device, pp, refuse, refuse)

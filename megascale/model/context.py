@@ -62,19 +62,10 @@ def build_context(
     return Context(positions[:, columns_T], columns_T, cos_BA1C, sin_BA1C, row_keys_B, mask)
 
 
-def number_documents(tokens_BT: torch.Tensor, end_id: int) -> torch.Tensor:
-    """Number of the document of each position, counted from 0 in each row; the token `end_id` is its document's last.
-
-    Shape: (B, T) int64 to (B, T) int64.
-    """
-    is_end_BT = (tokens_BT == end_id).long()
-    return is_end_BT.cumsum(dim=1) - is_end_BT
-
-
 def restarted_positions(documents_BT: torch.Tensor) -> torch.Tensor:
     """Positions that count from 0 within each document.
 
-    Shape: (B, T) int64 to (B, T) int64.
+    Shape: (B, T), integers, to (B, T) int64.
     """
     columns_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
     is_start_BT = documents_BT.diff(dim=1, prepend=documents_BT[:, :1] - 1) != 0

@@ -53,6 +53,9 @@ def describe_eval(record: EvalRecord) -> str:
     if record.bits_per_byte is not None:
         parts.append(f"{record.bits_per_byte:.4f} bits/byte")
     parts.append(f"{format_count(record.num_tokens)} tokens in {format_duration(record.eval_s)}")
+    if record.corpora:
+        losses = (f"{name} {corpus.loss:.4f}" for name, corpus in record.corpora.items())
+        parts.append(f"({', '.join(losses)})")
     return "  ".join(parts)
 
 

@@ -60,6 +60,17 @@ def metric_figure(lines: list[dict], name: str, label: str, is_log: bool = False
     return figure
 
 
+def corpora_figure(lines: list[dict]) -> Figure:
+    """The validation loss of each corpus of a blend."""
+    figure, axes = _build_axes("step", "validation loss, nats per token", height=2.8)
+    for name in sorted({name for line in lines for name in line.get("corpora") or {}}):
+        found = ((line["step"], line["corpora"][name]["loss"]) for line in lines if name in (line.get("corpora") or {}))
+        points = sorted((step, loss) for step, loss in found if loss is not None)
+        axes.plot(*(zip(*points, strict=True) if points else ((), ())), marker="o", markersize=3.5, label=name)
+    axes.legend(frameon=False, labelcolor=_INK)
+    return figure
+
+
 def series(lines: list[dict], kind: str, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, ordered by step, where it has a value."""
     points = sorted((line["step"], line[name]) for line in lines if line["kind"] == kind and line.get(name) is not None)

@@ -2,7 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class TrainRecord:
         loss_scale: fp16 loss scale of the step; 1.0 in other precisions.
         is_skipped: whether a non-finite value made the engine leave the parameters as they were.
         unix_s: wall-clock time of the record.
+        ledger: tokens that the run has read so far, by corpus.
     """
 
     step: int
@@ -36,6 +39,16 @@ class TrainRecord:
     loss_scale: float
     is_skipped: bool
     unix_s: float
+    ledger: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CorpusEval:
+    """What an evaluation found on one corpus of several; the fields mean what they mean in `EvalRecord`."""
+
+    loss: float
+    num_tokens: int
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class EvalRecord:
     Attributes:
         perplexity: exp(loss); infinite where that leaves the range of a float.
         bits_per_byte: loss in bits per byte of text, comparable between tokenizers; None when the bytes aren't known.
+        corpora: the same for each corpus of a blend; empty where there is one corpus.
     """
 
     step: int
@@ -54,10 +68,12 @@ class EvalRecord:
     perplexity: float
     bits_per_byte: float | None
     unix_s: float
+    corpora: dict[str, CorpusEval] = field(default_factory=dict)
 
 
 def build_eval_record(
-    step: int, loss: float, num_tokens: int, num_bytes: int | None, eval_s: float, unix_s: float
+    step: int, loss: float, num_tokens: int, num_bytes: int | None, eval_s: float, unix_s: float,
+    corpora: Mapping[str, CorpusEval] | None = None,
 ) -> EvalRecord:
     """Derives perplexity and bits per byte.
 
@@ -68,27 +84,46 @@ def build_eval_record(
         num_bytes: bytes of UTF-8 text that those tokens stand for, or None when that isn't known.
         eval_s: seconds that the evaluation took.
         unix_s: wall-clock time.
+        corpora: what each corpus of several comes to.
     """
     perplexity = math.exp(loss) if loss < 700.0 else math.inf
-    bits_per_byte = loss / math.log(2.0) * num_tokens / num_bytes if num_bytes else None
-    return EvalRecord(step, loss, num_tokens, eval_s, perplexity, bits_per_byte, unix_s)
+    bits_per_byte = derive_bits_per_byte(loss, num_tokens, num_bytes)
+    return EvalRecord(step, loss, num_tokens, eval_s, perplexity, bits_per_byte, unix_s, dict(corpora or {}))
+
+
+def derive_bits_per_byte(loss: float, num_tokens: int, num_bytes: int | None) -> float | None:
+    """A loss in nats per token as bits per byte of the text that the tokens stand for, if its size is known."""
+    return loss / math.log(2.0) * num_tokens / num_bytes if num_bytes else None
 
 
 def to_json_line(record: TrainRecord | EvalRecord) -> str:
     """Renders a record as one line of strict JSON; floats survive to the bit, NaN and infinity become null."""
     fields = {"kind": "train" if isinstance(record, TrainRecord) else "eval", **asdict(record)}
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(_finite(fields), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def merge_rows(lines: list[dict]) -> list[tuple[int, dict]]:
-    """Merges the lines of each step into one W&B row `{"train/loss": .., "eval/loss": ..}`, ordered by step."""
+    """Merges the lines of each step into one W&B row `{"train/loss": .., "eval/loss": ..}`, ordered by step.
+
+    What a line has of each corpus becomes `train/tokens/NAME` and `eval/NAME/loss`.
+    """
     rows: dict[int, dict] = {}
     for line in lines:
         row = rows.setdefault(line["step"], {})
         for name, value in line.items():
             if name == "unix_s":
                 row["_timestamp"] = value
+            elif name == "ledger":
+                row |= {f"train/tokens/{corpus}": tokens for corpus, tokens in value.items()}
+            elif name == "corpora":
+                row |= {f"eval/{corpus}/{metric}": number for corpus, metrics in value.items()
+                        for metric, number in metrics.items() if number is not None}
             elif name not in ("kind", "step") and value is not None:
                 row[f"{line['kind']}/{name}"] = value
     return sorted(rows.items())

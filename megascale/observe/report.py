@@ -9,7 +9,7 @@ import yaml
 from megascale.errors import DataError
 from megascale.observe import page
 from megascale.observe.console import format_count, format_duration
-from megascale.observe.curves import loss_figure, metric_figure, series, to_inline_svg
+from megascale.observe.curves import corpora_figure, loss_figure, metric_figure, series, to_inline_svg
 from megascale.observe.redact import redact
 from megascale.observe.run_files import (
     BASELINES_FILE,
@@ -50,6 +50,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         page.section("What it writes", page.preformatted(_read_text(run_folder / SAMPLE_FILE))),
         page.section("The run", page.table(_facts(config, sessions))),
         page.section("Sessions", _session_table(sessions)),
+        page.section("Corpora", _corpus_table(lines)),
         page.section("Evaluations", _evaluation_table(lines)),
         page.folded("Config", page.preformatted(yaml.safe_dump(config, sort_keys=False) if config else "")),
     ]
@@ -148,6 +149,26 @@ def _session_table(sessions: list[dict]) -> str:
         for number, session in enumerate(sessions, 1)
     ]
     return page.table(rows, ("session", "time", "", "ranks", "code"))
+
+
+def _corpus_table(lines: list[dict]) -> str:
+    """Of each corpus of a blend, the tokens read and its validation loss, as last logged."""
+    tokens, losses = {}, {}
+    for line in lines:
+        tokens = line.get("ledger") or tokens
+        losses = line.get("corpora") or losses
+    names = sorted(tokens.keys() | losses.keys())
+    if len(names) < 2:
+        return ""
+    total = sum(tokens.values()) or 1
+    rows = []
+    for name in names:
+        read, found = tokens.get(name, 0), losses.get(name, {})
+        rows.append((name, format_count(read), f"{read / total:.1%}", _number(found.get("loss"), ".4f"),
+                     _number(found.get("bits_per_byte"), ".4f")))  # fmt: skip
+    header = ("corpus", "tokens read", "share", "validation loss", "bits/byte")
+    curves = to_inline_svg(corpora_figure(lines), "Validation loss of each corpus") if losses else ""
+    return page.table(rows, header) + curves
 
 
 def _evaluation_table(lines: list[dict]) -> str:

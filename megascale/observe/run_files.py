@@ -10,6 +10,7 @@ from typing import Any
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
+SKIPS_FILE = "data_skips.jsonl"
 BASELINES_FILE = "baselines.json"
 SAMPLE_FILE = "sample.txt"
 REPORT_FILE = "report.html"
@@ -39,11 +40,42 @@ class Session:
 
 
 def append_session(run_folder: Path, session: Session) -> None:
-    """Adds a line to `sessions.jsonl`; a torn last line of a crashed session is closed first."""
-    with open(run_folder / SESSIONS_FILE, "ab+") as file:
+    """Adds a line to `sessions.jsonl`."""
+    _append_line(run_folder / SESSIONS_FILE, asdict(session))
+
+
+@dataclass(frozen=True)
+class SkippedRows:
+    """Rows of one step that were masked, because a shard couldn't be read.
+
+    Attributes:
+        step: number of the step, from 0.
+        rank: that read them, and leads its replica.
+        corpus: name of the corpus.
+        shard: its path or url.
+        reason: what the reader said.
+        rows: their row numbers.
+    """
+
+    step: int
+    rank: int
+    corpus: str
+    shard: str
+    reason: str
+    rows: tuple[int, ...]
+
+
+def append_skips(run_folder: Path, skipped: SkippedRows) -> None:
+    """Adds a line to `data_skips.jsonl`. A step taken again after a resume adds its lines again."""
+    _append_line(run_folder / SKIPS_FILE, asdict(skipped))
+
+
+def _append_line(path: Path, values: dict) -> None:
+    """Adds a line; a torn last line of a crashed session is closed first."""
+    with open(path, "ab+") as file:
         if file.tell() and _last_byte(file) != b"\n":
             file.write(b"\n")
-        file.write((json.dumps(asdict(session)) + "\n").encode())
+        file.write((json.dumps(values) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 

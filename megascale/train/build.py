@@ -18,17 +18,11 @@ from megascale.parallel.stages import plan_stages, stages_of_rank
 from megascale.train.objective import causal_objective
 
 
-def build_run_engine(config: RunConfig, derived: Derived, mesh: Mesh, document_end: int) -> Engine:
-    """Builds this rank's part of the model and hands it, with its optimizer, to the engine. Every rank calls it.
-
-    Args:
-        document_end: the token that ends a document.
-    """
+def build_run_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    """Builds this rank's part of the model and hands it, with its optimizer, to the engine. Every rank calls it."""
     axes = build_axes(config, mesh)
     model = build_rank_model(config, axes, mesh)
-    objective = causal_objective(
-        config.model, config.run.seed, axes, document_end if config.data.document_mask else None
-    )
+    objective = causal_objective(config.model, config.run.seed, axes, config.data.document_mask)
     placements = model.placements()
     named = [(placement.name, parameter) for parameter, placement in placements.items()]
     groups = parameter_groups(named, config.optimizer.weight_decay, is_decayed)
@@ -43,7 +37,6 @@ def build_run_engine(config: RunConfig, derived: Derived, mesh: Mesh, document_e
         zero_stage=config.parallel.zero_stage,
         clip_norm=config.optimizer.clip_norm,
         micro_batch_size=config.train.micro_batch_size,
-        num_micro_batches=derived.num_micro_batches,
         offload_optimizer=config.parallel.offload_optimizer,
         pipeline=pipeline_settings(config, axes, mesh) if mesh.pp.size > 1 else None,
     )

@@ -1,4 +1,4 @@
-"""A validation pass: each row once over all replicas, and a stop request noticed between two batches."""
+"""A validation pass: each row of each corpus once over all replicas, and a stop request noticed between batches."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,7 +8,8 @@ import torch
 
 from megascale.data.batch import Batch
 from megascale.data.loader import evaluation_batches
-from megascale.observe.metrics import EvalRecord, build_eval_record
+from megascale.data.rows import Corpus
+from megascale.observe.metrics import CorpusEval, EvalRecord, build_eval_record, derive_bits_per_byte
 from megascale.train.setup import Run
 
 BATCHES_PER_STAGE = 4
@@ -16,32 +17,50 @@ BATCHES_PER_STAGE = 4
 
 
 def evaluate(run: Run, step: int, max_rows: int | None) -> EvalRecord | None:
-    """Mean loss per label token over the validation split, or None when a stop was asked for before its end.
+    """Mean loss per label token over all validation splits, or None when a stop was asked for before its end.
 
     Args:
         step: completed steps of the model.
-        max_rows: the first so many rows; None for all, which alone gives bits per byte of the text.
+        max_rows: the first so many rows of each corpus; None for all, which alone gives bits per byte of the text.
     """
     started_s = time.perf_counter()
+    sums: list[float] = []
+    for corpus in run.validation:
+        own = evaluate_corpus(run, corpus, max_rows)
+        if own is None:
+            return None
+        sums += own
+    sums = run.mesh.control_sum(sums, dtype=torch.float64)
+    losses, tokens = sums[::2], [int(number) for number in sums[1::2]]
+    sizes = [corpus.manifest.text_bytes if max_rows is None or max_rows >= corpus.num_rows else None
+             for corpus in run.validation]
+    each = {
+        corpus.name: CorpusEval(loss / count, count, derive_bits_per_byte(loss / count, count, size))
+        for corpus, loss, count, size in zip(run.validation, losses, tokens, sizes, strict=True)
+    }
+    return build_eval_record(
+        step=step,
+        loss=sum(losses) / sum(tokens),
+        num_tokens=sum(tokens),
+        num_bytes=None if None in sizes else sum(sizes),
+        eval_s=time.perf_counter() - started_s,
+        unix_s=time.time(),
+        corpora=each if len(each) > 1 else None,
+    )
+
+
+def evaluate_corpus(run: Run, corpus: Corpus, max_rows: int | None) -> tuple[float, int] | None:
+    """This rank's share of the sum of losses and label tokens of a split, or None when a stop was asked for."""
     loss_sum, num_tokens = 0.0, 0
     mesh, micro_rows = run.mesh, run.config.train.micro_batch_size
-    batches = evaluation_batches(run.validation, micro_rows, mesh.dp_rank, mesh.layout.dp, max_rows)
+    objective = run.loader.stream.objective
+    batches = evaluation_batches(corpus, objective, micro_rows, mesh.dp_rank, mesh.layout.dp, max_rows)
     for together in batched(batches, BATCHES_PER_STAGE * mesh.pp.size):
         if mesh.control_sum([int(run.stop.is_set)])[0]:
             return None
         loss_sum += run.engine.evaluate(together)
         num_tokens += count_labels(together) if mesh.leads_replica else 0
-    loss_sum, num_tokens = mesh.control_sum([loss_sum, num_tokens], dtype=torch.float64)
-    manifest = run.validation.manifest
-    is_whole = max_rows is None or max_rows >= run.validation.num_rows
-    return build_eval_record(
-        step=step,
-        loss=loss_sum / num_tokens,
-        num_tokens=int(num_tokens),
-        num_bytes=manifest.text_bytes if is_whole else None,
-        eval_s=time.perf_counter() - started_s,
-        unix_s=time.time(),
-    )
+    return loss_sum, num_tokens
 
 
 def batched(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -1,5 +1,6 @@
 """The training loop: evaluate and save when due, agree on stopping, take a step, note it."""
 
+import math
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -8,13 +9,19 @@ from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.config.derive import Derived
 from megascale.config.schema import RunConfig
+from megascale.data.ledger import StepCounts
+from megascale.data.loader import StepData
 from megascale.engine.base import StepOutput
-from megascale.errors import CheckpointError, LeaseLostError, NonFiniteError, StopRequested
+from megascale.errors import CheckpointError, DataError, LeaseLostError, NonFiniteError, StopRequested
 from megascale.observe.console import say
 from megascale.observe.metrics import TrainRecord
+from megascale.observe.run_files import SKIPS_FILE, SkippedRows, append_skips
 from megascale.optim.schedules import learning_rate
-from megascale.train.evaluate import count_labels, evaluate
+from megascale.train.evaluate import evaluate
 from megascale.train.setup import Run
+
+CHECKED_DIGESTS = 1 << 32
+"""Ranks of a replica compare so many values of a step's digest; the sum over any number of ranks fits int64."""
 
 
 def train(run: Run) -> RunState:
@@ -23,10 +30,11 @@ def train(run: Run) -> RunState:
     Raises:
         StopRequested: a signal asked to stop; the state is saved.
         NonFiniteError: a loss or gradient wasn't finite and the policy is to stop; it wasn't applied.
+        DataError: a shard is missing or damaged, and the policy or its limit is to stop.
     """
     state, saved_step = run.start, run.saved_step
     last_step, interval_steps = run.config.train.max_steps, run.config.checkpoint.interval_steps
-    with closing(run.loader.steps_from(state.rows)) as steps:
+    with closing(run.loader.steps_from(state.step)) as steps:
         while True:
             state = evaluate_when_due(run, state)
             is_complete = state.step >= last_step and state.evaluated_step == state.step
@@ -35,20 +43,60 @@ def train(run: Run) -> RunState:
             if is_complete:
                 return state
             run.timer.start()
-            micro_batches = next(steps)
-            own_labels = count_labels(micro_batches) if run.mesh.leads_replica else 0
-            num_tokens, num_stops = run.mesh.control_sum([own_labels, int(run.stop.is_set)])
-            if num_stops:
+            data = next(steps)
+            counts, is_stopped = count_step(run, state, data)
+            if is_stopped:
                 save(run, state, saved_step, is_last=True)
                 raise StopRequested(f"stopped at step {state.step} of {last_step}, as asked; the same command resumes")
+            check_masked(run, state, counts)
             rate = rate_of(run.config, run.derived, state.step)
             output = run.engine.train_step(
-                micro_batches, step=state.step, num_tokens=num_tokens, learning_rate=rate
+                # A step whose rows are all masked has no label: its gradient is zero, whatever divides it.
+                data.micro_batches, step=state.step, num_tokens=max(1, counts.labels), learning_rate=rate
             )
             check_finite(run, state, output)
-            state = state.advance(output, run.derived.rows_per_step)
-            run.timer.stop(num_tokens)
-            log_step(run, state, output)
+            state = state.advance(output, counts, run.corpus_names)
+            run.timer.stop(counts.labels)
+            log_step(run, state, output if counts.labels else replace(output, loss=math.nan))
+
+
+def count_step(run: Run, state: RunState, data: StepData) -> tuple[StepCounts, bool]:
+    """What the step about to be taken reads over all replicas, and whether a stop was asked for. Every rank calls it.
+
+    Raises:
+        DataError: ranks of one replica read different rows, which damage that not all of them see can bring about.
+    """
+    mesh, vector = run.mesh, data.counts.to_vector()
+    own = vector if mesh.leads_replica else [0] * len(vector)
+    for fault in data.faults if mesh.leads_replica else ():
+        append_skips(run.folder, SkippedRows(state.step, mesh.rank, *fault))
+    # Digests of a replica's ranks cancel out when they are equal. Each replica has a factor of its own, or ranks that
+    # read each other's rows would cancel out too.
+    share = 1 - mesh.world_size // mesh.layout.dp if mesh.leads_replica else 1
+    check = share * (2 * mesh.dp_rank + 1) * data.counts.digest_sum % CHECKED_DIGESTS
+    num_stops, mismatch, *total = mesh.control_sum([int(run.stop.is_set), check, *own])
+    if mismatch % CHECKED_DIGESTS:
+        raise DataError(
+            f"step {state.step}: the ranks of a replica read different rows, so a shard is good on one machine and"
+            f" damaged or missing on another; {run.folder / SKIPS_FILE} lists what was masked"
+        )
+    return StepCounts.from_vector(total), bool(num_stops)
+
+
+def check_masked(run: Run, state: RunState, counts: StepCounts) -> None:
+    """Stops a run of which too many rows were masked.
+
+    Raises:
+        DataError: with the number, the limit and where each fault is listed.
+    """
+    so_far = sum(read.masked_rows for read in state.ledger.values())
+    new, limit = sum(read.masked_rows for read in counts.read), run.config.data.max_masked_rows
+    if so_far + new > limit:
+        raise DataError(
+            f"step {state.step}: {so_far + new} rows of the run could not be read, {new} of them in this step, more"
+            f" than data.max_masked_rows = {limit}; {run.folder / SKIPS_FILE} names the shards: restore them, or raise"
+            " the limit"
+        )
 
 
 def evaluate_when_due(run: Run, state: RunState) -> RunState:
@@ -140,4 +188,5 @@ def log_step(run: Run, state: RunState, output: StepOutput) -> None:
         loss_scale=output.loss_scale,
         is_skipped=output.is_skipped,
         unix_s=time.time(),
+        ledger={name: counts.tokens for name, counts in state.ledger.items()},
     ))

@@ -20,13 +20,14 @@ from megascale.observe.run_files import (
     REPORT_FILE,
     SAMPLE_FILE,
     SESSIONS_FILE,
+    SKIPS_FILE,
     write_atomically,
 )
 from megascale.parallel.mesh import Mesh
 
 RUN_FILE = "run.json"
 TOKENIZER_FILE = "tokenizer.json"
-OWN_FILES = (RUN_FILE, METRICS_FILE, SESSIONS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE, "wandb")
+OWN_FILES = (RUN_FILE, METRICS_FILE, SESSIONS_FILE, SKIPS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE, "wandb")
 """What belongs to one run and not to the folder."""
 MAX_RUN_FILE_BYTES = 4096
 
@@ -83,10 +84,10 @@ def read_git_commit() -> str | None:
     return shown.stdout.strip() or None
 
 
-def describe_run_folder(folder: Path, record: RunRecord, tokenizer_path: Path) -> None:
+def describe_run_folder(folder: Path, record: RunRecord, tokenizer: bytes) -> None:
     """Puts the resolved config and the tokenizer beside the checkpoints, so that the folder explains itself."""
     write_atomically(folder / CONFIG_FILE, to_yaml(record.config).encode())
-    write_atomically(folder / TOKENIZER_FILE, tokenizer_path.read_bytes())
+    write_atomically(folder / TOKENIZER_FILE, tokenizer)
 
 
 def _take(folder: Path, eos_id: int, is_fresh: bool) -> RunLease:

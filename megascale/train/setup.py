@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ from megascale.config.derive import Derived, derive, describe
 from megascale.config.dump import config_fingerprint, keeps_maths, resolved_values
 from megascale.config.schema import RunConfig
 from megascale.data.loader import Loader
-from megascale.data.order import RowOrder
-from megascale.data.rows import CorpusRows, open_rows
+from megascale.data.manifest import read_tokenizer
+from megascale.data.plan import describe_plan
+from megascale.data.rows import Corpus
+from megascale.data.stream import Stream, open_stream, open_validation, plan_stream
+from megascale.data.transfer import access_of
 from megascale.engine.base import Engine
 from megascale.model.flops import num_parameters, train_flops_per_token
 from megascale.observe.build import build_logger
@@ -44,6 +48,7 @@ class Run:
         start: the state that this session begins with.
         saved_step: step of the checkpoint that it came from, None for a fresh start.
         record: what every checkpoint says about the run.
+        validation: the corpora that have a validation split.
     """
 
     config: RunConfig
@@ -51,7 +56,7 @@ class Run:
     folder: Path
     mesh: Mesh
     loader: Loader
-    validation: CorpusRows
+    validation: tuple[Corpus, ...]
     engine: Engine
     start: RunState
     saved_step: int | None
@@ -60,6 +65,11 @@ class Run:
     logger: Logger
     timer: StepTimer
     stop: StopRequest
+
+    @property
+    def corpus_names(self) -> list[str]:
+        """Of the training corpora, in the order of the stream."""
+        return [corpus.name for corpus in self.loader.stream.corpora]
 
 
 def set_up(
@@ -75,41 +85,45 @@ def set_up(
         ConfigError, DataError, CheckpointError, LaunchError: before anything was written but the claim on the folder.
     """
     derived = derive(config, info.world_size, source)
-    train_rows = _open_split(config, "train")
-    validation_rows = _open_split(config, "validation")
-    folder = Path(config.run.folder)
+    stream, validation = open_stream(config, derived), open_validation(config)
+    plan = describe_plan(plan_stream(config, derived, stream))
+    folder, manifest = Path(config.run.folder), stream.corpora[0].manifest
 
     mesh = build_mesh(layout_of(config, derived), info)
-    order = RowOrder(train_rows.rows_per_shard, config.run.seed, config.data.num_lanes, config.data.window_rows)
     loader = Loader(
-        train_rows, order, derived.rows_per_step, config.train.micro_batch_size, mesh.dp_rank, derived.dp
+        stream, derived.batches, config.train.micro_batch_size, mesh.dp_rank, derived.dp,
+        is_pinned=mesh.device.type == "cuda",
     )
-    record = _describe_run(config, train_rows, validation_rows, read_git_commit() if mesh.rank == 0 else None)
-    record, lease = claim_run_folder(folder, mesh, record, train_rows.manifest.eos_id, is_fresh)
+    at_end.callback(close_stores, [*stream.corpora, *validation])
+    record = _describe_run(config, stream, validation, read_git_commit() if mesh.rank == 0 else None)
+    record, lease = claim_run_folder(folder, mesh, record, manifest.eos_id, is_fresh)
     if lease:
         at_end.callback(lease.release)
     checkpoint = find_checkpoint(folder, run_id=record.run_id, comm=mesh)
     if checkpoint is not None:
-        changes = check_same_run(checkpoint.index.run, record, keeps_maths)
+        changes = check_same_run(checkpoint.index, record, keeps_maths)
         for change in changes if mesh.rank == 0 else ():
             say(f"changed since the checkpoint, without effect on what is computed: {change}")
-    run_on_rank_zero(mesh, lambda: describe_run_folder(folder, record, train_rows.manifest.tokenizer_path))
+    access = access_of(config.data)
+    run_on_rank_zero(mesh, lambda: describe_run_folder(folder, record, read_tokenizer(manifest, access)))
 
-    engine = build_run_engine(config, derived, mesh, train_rows.manifest.eos_id)
+    engine = build_run_engine(config, mesh)
     start = _load_state(checkpoint, engine, mesh)
-    logger, timer = _build_observers(config, derived, folder, mesh, start, checkpoint, record.code)
+    logger, timer = _build_observers(config, derived, plan, folder, mesh, start, checkpoint, record.code)
     return Run(
-        config, derived, folder, mesh, loader, validation_rows, engine, start,
+        config, derived, folder, mesh, loader, validation, engine, start,
         start.step if checkpoint else None, record, lease, logger, timer, stop,
     )
 
 
-def _open_split(config: RunConfig, split: str) -> CorpusRows:
-    return open_rows(config.data.folder, split, config.train.seq_len, config.model.vocab_size)
+def close_stores(corpora: Sequence[Corpus]) -> None:
+    """Ends what fetches shards."""
+    for corpus in corpora:
+        corpus.store.close()
 
 
 def _describe_run(
-    config: RunConfig, train_rows: CorpusRows, validation_rows: CorpusRows, git_commit: str | None
+    config: RunConfig, stream: Stream, validation: Sequence[Corpus], git_commit: str | None
 ) -> RunRecord:
     """What the run is; `claim_run_folder` fills in which."""
     values = resolved_values(config)
@@ -117,7 +131,8 @@ def _describe_run(
         run_id="unclaimed",
         config=values,
         config_fingerprint=config_fingerprint(values),
-        data_fingerprints={rows.manifest.split: rows.manifest.fingerprint for rows in (train_rows, validation_rows)},
+        stream=stream.describe(),
+        validation={corpus.name: corpus.manifest.fingerprint for corpus in validation},
         code=code_versions(git_commit),
     )
 
@@ -132,7 +147,7 @@ def _load_state(checkpoint: VerifiedCheckpoint | None, engine: Engine, mesh: Mes
 
 
 def _build_observers(
-    config: RunConfig, derived: Derived, folder: Path, mesh: Mesh, start: RunState,
+    config: RunConfig, derived: Derived, plan: list[tuple[str, str]], folder: Path, mesh: Mesh, start: RunState,
     checkpoint: VerifiedCheckpoint | None, code: dict[str, str],
 ) -> tuple[Logger, StepTimer]:
     """The logs, on rank 0 only, and the timer."""
@@ -144,7 +159,7 @@ def _build_observers(
     if mesh.rank:
         return Logger(), timer
     facts = dict(describe(config, derived)) | {"parameters": f"{num_parameters(config.model):,}"}
-    for name, value in facts.items():
+    for name, value in [*facts.items(), *plan]:
         say(f"{name:>18}  {value}")
     if checkpoint is not None:
         for reason in checkpoint.rejected:
@@ -157,7 +172,7 @@ def _build_observers(
         layout={axis: getattr(mesh.layout, axis) for axis in AXES} | {"zero_stage": config.parallel.zero_stage},
         versions={package: version for package, version in code.items() if package != "git_commit"},
         git_commit=code.get("git_commit"),
-        facts=facts,
+        facts=facts | {"reading": "; ".join(f"{name.strip()} {text}" for name, text in plan)},
     ))
     logger = build_logger(
         config.observe, mesh.rank, folder, start.wandb_run_id, start.step, config.train.max_steps,

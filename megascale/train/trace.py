@@ -3,7 +3,7 @@
 Shapes: B rows, T positions of the residual stream on this rank, D d_model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -77,15 +77,15 @@ class ForwardDigests:
 
 
 class WatchedLayer(nn.Module):
-    """A layer in the place of another, which it runs and whose output it notes."""
+    """A layer in the place of another, which it runs and whose output it notes, under its name and with the context."""
 
-    def __init__(self, layer: nn.Module, name: str, digests: ForwardDigests):
+    def __init__(self, layer: nn.Module, name: str, note: Callable[[str, torch.Tensor, Context], None]):
         super().__init__()
-        self.layer, self.name, self.digests = layer, name, digests
+        self.layer, self.name, self.note = layer, name, note
 
     def forward(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         output_BTD = self.layer(hidden_BTD, context)
-        self.digests.add(self.name, output_BTD.detach(), context)
+        self.note(self.name, output_BTD.detach(), context)
         return output_BTD
 
 
@@ -110,7 +110,7 @@ class TraceRecorder:
         self.digests = ForwardDigests(counts=is_sequence_parallel or mesh.tp.rank == 0)
         for stage, own_names in zip(stages_of(engine), layer_names, strict=True):
             for place, layer in enumerate(stage.layers):
-                stage.layers[place] = WatchedLayer(layer, own_names[place], self.digests)
+                stage.layers[place] = WatchedLayer(layer, own_names[place], self.digests.add)
         change_objective(engine, lambda objective: with_row_keys(objective, seed))
         call_before_update(engine, self._write_tensors)
         if mesh.rank == 0:

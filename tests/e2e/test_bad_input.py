@@ -126,7 +126,7 @@ def test_a_corpus_that_is_incomplete(fault, own_corpus, tmp_path):
         parts = [f"shard {shard} has {size - 100} bytes", f"index.json says {size}", "cut short"]
     elif fault == "index torn":
         index.write_bytes(index.read_bytes()[:100])
-        parts = [f"{index} can't be read", "restore the file or build the corpus again"]
+        parts = [f"{index} can't be read", "restore it, or make it again from the shards"]
     else:
         index.unlink()
         parts = [f"{own_corpus} holds no finished split 'train'", "splits found: validation"]
@@ -140,7 +140,7 @@ def test_a_flipped_bit_in_a_shard_is_named_when_it_is_read(own_corpus, tmp_path)
     """
     shard = sorted((own_corpus / "train").glob("*.tar"))[1]
     content = bytearray(shard.read_bytes())
-    for place in range(1024, load_manifest(own_corpus, "train").shards[1].index_offset - 2048, 512):
+    for place in range(1024, load_manifest(str(own_corpus), "train").shard(1).index_offset - 2048, 512):
         content[place + 100] ^= 4
     shard.write_bytes(content)
     done = megascale("train", tmp_path / "run.yaml", "train.max_steps=28", "--nproc", "2")
@@ -151,18 +151,19 @@ def test_a_flipped_bit_in_a_shard_is_named_when_it_is_read(own_corpus, tmp_path)
 
 def test_a_token_outside_the_vocabulary_is_named_when_it_is_read(own_corpus, tmp_path):
     """The checksums are right: the corpus was made so. Mutation seen to be caught: token ids aren't compared."""
-    manifest = load_manifest(own_corpus, "validation")
-    shutil.rmtree(manifest.split_folder)
+    index, folder = load_manifest(str(own_corpus), "validation").index, own_corpus / "validation"
+    shutil.rmtree(folder)
     documents = [np.append(np.arange(1, 60), 0), np.append(np.arange(1, 90), 0)]
-    shards = write_shards(manifest.split_folder, documents, np.dtype("<u2"), 2048, 512)
-    write_index(manifest.model_copy(update={"shards": shards}))
+    shards = write_shards(folder, documents, np.dtype("<u2"), 2048, 512)
+    kept = ("split", "dtype", "vocab_size", "eos_id", "text_bytes", "tokenizer_file", "tokenizer_sha256")
+    write_index(folder, shards, **index.model_dump(include=set(kept)))
     done = megascale("train", tmp_path / "run.yaml", "--nproc", "2")
     assert done.returncode == EXIT_USER, done.stderr
-    check_message(done.stderr, [f"shard {manifest.split_folder}", "block 0 holds token id 89, vocab_size = 64"])
+    check_message(done.stderr, [f"shard {folder}", "block 0 holds token id 89, vocab_size = 64"])
 
 
 def test_fewer_rows_than_a_batch(config, tmp_path):
-    parts = ["corpus/train/index.json has 225 rows of seq_len = 32, fewer than the 512 rows of one step",
+    parts = ["corpus/train/index.json: 225 rows of seq_len = 32, fewer than the 512 rows of one step",
              "set train.global_batch_tokens to 7168 or less"]
     check_refused(["train", config, "train.global_batch_tokens=16384", "--nproc", "2"], parts, tmp_path)
 

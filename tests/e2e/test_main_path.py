@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megascale.checkpoint.find import peek_checkpoint
+from megascale.config.data import ONLY_CORPUS
 from tests.support.corpus import make_text
 from tests.support.tiny_run import curve, megascale, read_metrics
 
@@ -88,7 +89,8 @@ def test_the_checkpoint_says_what_it_is(trained):
     assert index.state.step == 6
     assert index.state.rows == 6 * 8
     assert index.run.config["model"]["num_kv_heads"] == 2
-    assert set(index.run.data_fingerprints) == {"train", "validation"}
+    assert set(index.run.stream.corpora) == set(index.run.validation) == {ONLY_CORPUS}
+    assert index.state.ledger[ONLY_CORPUS].rows == index.state.rows
     assert index.tensors["exp_avg/embedding.tokens.weight"].shape == (320, 32)
 
 

@@ -12,13 +12,19 @@ import torch
 from megascale.checkpoint.index import RunRecord, code_versions
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
+from megascale.data.ledger import ReadCounts
+from megascale.data.stream import CorpusRecord, StageRecord, StreamRecord
 from megascale.engine.base import StatePiece
 from megascale.parallel.boxes import Box, boxes_of_flat_range
 
 TIMEOUT_S = 60.0
+STREAM = StreamRecord(
+    corpora={"code": CorpusRecord("d1", 0.5), "web": CorpusRecord("d2", 0.0)},
+    stages=(StageRecord(0, {"code": 16384, "web": 0}), StageRecord(24, {"code": 4096, "web": 12288})),
+)
 RUN = RunRecord(
     run_id="run-a", config={"model": {"num_layers": 2, "rope_base": 1e4}, "train": {"max_steps": 9}},
-    config_fingerprint="c0ffee", data_fingerprints={"train": "d1", "validation": "d2"}, code=code_versions("abc"),
+    config_fingerprint="c0ffee", stream=STREAM, validation={"code": "d3", "web": "d4"}, code=code_versions("abc"),
 )
 
 
@@ -121,7 +127,8 @@ def equal_bits(ranks: list[list[StatePiece]], others: list[list[StatePiece]]) ->
 def state_at(step: int) -> RunState:
     return replace(
         RunState.at_start("wandb-1"),
-        step=step, rows=8 * step, tokens=100 * step, optimizer_scalars={"step": float(step), "loss_scale": 2.0**16},
+        step=step, rows=8 * step, tokens=100 * step, ledger={"code": ReadCounts(8 * step, 120 * step, 0)},
+        stream_digest=f"{step:016x}", optimizer_scalars={"step": float(step), "loss_scale": 2.0**16},
     )
 
 

@@ -12,7 +12,6 @@ from data_tools.build import build_corpus
 from data_tools.corpora import find_source
 from data_tools.settings import EOS_TOKEN, BuildSettings
 from data_tools.write_shards import write_index, write_shards
-from megascale.data.manifest import FORMAT_VERSION, Manifest
 
 QUIET = Console(quiet=True)
 WORDS = ["def", "return", "class", "self", "import", "value", "number", "for", "in", "if", "else", "None", "print"]
@@ -41,18 +40,15 @@ def make_corpus(
         if count:
             documents = list(synthetic_documents(count, vocab_size, 2 * seed + number))
             write_index(
-                Manifest(
-                    folder=folder,
-                    format_version=FORMAT_VERSION,
-                    split=split,
-                    dtype=dtype.name,
-                    vocab_size=vocab_size,
-                    eos_id=0,
-                    text_bytes=sum(len(f"w{token} ") for document in documents for token in document[:-1]),
-                    tokenizer_file="tokenizer.json",
-                    tokenizer_sha256=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-                    shards=write_shards(folder / split, documents, dtype, shard_tokens, block_tokens),
-                )
+                folder / split,
+                write_shards(folder / split, documents, dtype, shard_tokens, block_tokens),
+                split=split,
+                dtype=dtype.name,
+                vocab_size=vocab_size,
+                eos_id=0,
+                text_bytes=sum(len(f"w{token} ") for document in documents for token in document[:-1]),
+                tokenizer_file="tokenizer.json",
+                tokenizer_sha256=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
             )
     return folder
 

@@ -6,7 +6,6 @@ from megascale.config.load import parse_config
 from megascale.config.schema import RunConfig
 
 ROWS, SEQ_LEN, STEPS, CLIP_NORM, LEARNING_RATE, SEED = 8, 16, 20, 0.5, 1e-3, 1
-END_OF_DOCUMENT = 7
 ADAM_EPS = 1e-5
 """With 1e-8 AdamW makes a full-size step of a gradient that is nothing but rounding, as that of key biases is: a plain
 fp32 loop then is 1.8e-6 from the same loop in fp64, on gpt2 with documents, and no layout could be nearer."""

@@ -18,6 +18,9 @@ ODD_GPT2 = ModelConfig(family="gpt2", num_layers=2, d_model=33, num_heads=3, voc
 """Its parameters don't divide by the number of ranks: every partition needs padding."""
 
 
+END_OF_DOCUMENT = 7
+
+
 def random_rows(vocab_size: int, num_rows: int, seq_len: int, seed: int) -> SimpleNamespace:
     """Learnable rows (each odd token repeats the one before); the last label tokens of row i are padding, i % 3."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,9 +34,16 @@ def random_rows(vocab_size: int, num_rows: int, seq_len: int, seed: int) -> Simp
 
 
 def batch_of_rows(rows: SimpleNamespace, numbers: Sequence[int]) -> Batch:
-    """A batch of some of the rows."""
+    """A batch of some of the rows; END_OF_DOCUMENT is the last token of its document."""
     index = torch.tensor(list(numbers))
-    return Batch(tokens_BT=rows.tokens[index], labels_BT=rows.labels[index], row_numbers_B=index)
+    tokens_BT = rows.tokens[index]
+    return Batch(tokens_BT, rows.labels[index], number_documents(tokens_BT, END_OF_DOCUMENT), row_numbers_B=index)
+
+
+def number_documents(tokens_BT: torch.Tensor, end_id: int) -> torch.Tensor:
+    """Number of the document of each position, int32, from 0 in each row; the token `end_id` is its document's last."""
+    is_end_BT = (tokens_BT == end_id).int()
+    return (is_end_BT.cumsum(dim=1) - is_end_BT).int()
 
 
 def gap(expected: float, found: float) -> float:

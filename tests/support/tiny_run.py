@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from tests.support.ranks import REPOSITORY
 
 TINY_CONFIG = """\
@@ -27,6 +29,22 @@ def write_config(folder: Path, corpus: Path, name: str = "run") -> Path:
     """Writes the tiny config for a run folder `folder/name`."""
     path = folder / f"{name}.yaml"
     path.write_text(TINY_CONFIG.format(run_folder=folder / name, corpus=corpus))
+    return path
+
+
+def write_blend(folder: Path, name: str = "run", corpora: Path | str | None = None) -> Path:
+    """Writes the config of a run `folder/name` over a blend of `code` and `web` in `corpora`, by default `folder`.
+
+    9 steps of 12 rows of 32 tokens, in micro-batches of one row, saved every 3 steps.
+    """
+    corpora = corpora or folder
+    path = folder / f"{name}.yaml"
+    config = yaml.safe_load(TINY_CONFIG.format(run_folder=folder / name, corpus="unused"))
+    config["data"] = {"window_rows": 16, "num_lanes": 4, "packing": "bestfit", "corpora": {
+        "code": {"folder": f"{corpora}/code", "weight": 1.0}, "web": {"folder": f"{corpora}/web", "weight": 3.0},
+    }}
+    config["train"] |= {"micro_batch_size": 1, "global_batch_tokens": 384, "max_steps": 9}
+    path.write_text(yaml.safe_dump(config))
     return path
 
 

@@ -41,4 +41,5 @@ def test_loader_prints_a_row_per_sequence_length():
     rows = run_bench(
         "bench.loader", "--tokens", "200000", "--block-tokens", "20000", "--passes", "2", "--seq-lens", "64", "256",
     )
-    assert [row[0] for row in rows] == ["64", "256"]
+    sides = ["slices", "rows", "loader", "webdataset"]
+    assert [row[:2] for row in rows] == [[seq_len, side] for seq_len in ("64", "256") for side in sides]

@@ -46,11 +46,13 @@ def damage(values, where, value):
 @pytest.mark.parametrize(
     ("where", "value", "field"),
     [
-        (("format_version",), 2, "format_version"),
+        (("format_version",), 1, "format_version"),
         (("format",), "other", "format"),
         (("extra",), 1, "extra"),
         (("run", "run_id"), None, "run.run_id"),
-        (("run", "data_fingerprints", "train"), 5, "run.data_fingerprints.train"),
+        (("run", "stream", "corpora", "web", "fingerprint"), 5, "run.stream.corpora.web.fingerprint"),
+        (("run", "stream", "stages", 1, "counts", "web"), 0.5, "run.stream.stages.1.counts.web"),
+        (("state", "ledger", "code", "tokens"), -1, "state.ledger.code"),
         (("state", "rows"), "many", "state.rows"),
         (("files", FILE, "sha256"), "abc", f"files.{FILE}.sha256"),
         (("files", FILE, "bytes"), 2, f"files.{FILE}.bytes"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megascale.checkpoint.records import parse_record, to_json
 from megascale.checkpoint.state import RunState
+from megascale.data.ledger import NO_DIGEST, ReadCounts, StepCounts, chain_digest
 from megascale.engine.base import StepOutput
 from megascale.errors import CheckpointError
 
@@ -17,7 +18,8 @@ START = RunState.at_start("run-1")
 counts = st.integers(0, 2**62)
 states = st.builds(
     RunState, step=counts, rows=counts, tokens=counts, skipped_steps=counts, skipped_in_a_row=counts,
-    evaluated_step=counts, wandb_run_id=st.none() | st.text(),
+    evaluated_step=counts, ledger=st.dictionaries(st.text(), st.builds(ReadCounts, counts, counts, counts)),
+    stream_digest=st.from_regex(r"[0-9a-f]{16}", fullmatch=True), wandb_run_id=st.none() | st.text(),
     optimizer_scalars=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
 )
 
@@ -26,11 +28,19 @@ def output(is_skipped: bool) -> StepOutput:
     return StepOutput(loss=1.0, grad_norm=1.0, num_tokens=100, is_skipped=is_skipped, loss_scale=1.0)
 
 
+CORPORA = ["code", "new", "web"]
+EACH = StepCounts(labels=100, digest_sum=7, read=(ReadCounts(6, 90, 1), ReadCounts(0, 0, 0), ReadCounts(2, 40, 0)))
+
+
 def test_a_skipped_step_reads_rows_but_trains_on_no_tokens():
-    state = START.advance(output(False), 8).advance(output(True), 8).advance(output(True), 8)
+    state = START
+    for is_skipped in (False, True, True):
+        state = state.advance(output(is_skipped), EACH, CORPORA)
     assert (state.step, state.rows, state.tokens) == (3, 24, 100)
     assert (state.skipped_steps, state.skipped_in_a_row) == (2, 2)
-    state = state.advance(output(False), 8)
+    assert state.ledger == {"code": ReadCounts(18, 270, 3), "web": ReadCounts(6, 120, 0)}
+    assert state.stream_digest == chain_digest(chain_digest(chain_digest(NO_DIGEST, 7), 7), 7)
+    state = state.advance(output(False), EACH, CORPORA)
     assert (state.skipped_steps, state.skipped_in_a_row) == (2, 0)
 
 
@@ -54,10 +64,11 @@ def test_a_missing_field_is_refused_by_name(name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("surprise", 1), ("step", "3"), ("step", 3.5), ("step", -1), ("step", True), ("wandb_run_id", 5)],
+    [("surprise", 1), ("step", "3"), ("step", 3.5), ("step", -1), ("step", True), ("wandb_run_id", 5),
+     ("ledger", {"web": {"rows": 1, "tokens": 1}}), ("stream_digest", "xyz")],
 )
 def test_unknown_fields_and_wrong_types_are_refused_by_name(name, value):
-    with pytest.raises(CheckpointError, match=f"state.json: {name}: "):
+    with pytest.raises(CheckpointError, match=f"state.json: {name}[^:]*: "):
         parse_record(RunState, to_json({**asdict(START), name: value}), Path("state.json"))
 
 

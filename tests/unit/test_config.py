@@ -137,6 +137,30 @@ def test_the_batch_is_the_product_of_its_factors(rows, micro, dp, tmp_path_facto
     assert printed == f"{rows * 32:,} = {factors}"
 
 
+RAMP = "train.batch_ramp=[{until_step: 2, global_batch_tokens: 64}, {until_step: 5, global_batch_tokens: 128}]"
+
+
+def test_a_batch_ramp_adds_up(tiny):
+    """2 steps of 2 rows, 3 of 4 and 7 of 8."""
+    config = load_config(tiny, [RAMP])
+    derived = derive(config, 1)
+    assert (derived.batches.first_steps, derived.batches.sizes) == ((0, 2, 5), (2, 4, 8))
+    assert derived.total_tokens == 32 * (2 * 2 + 3 * 4 + 7 * 8)
+    printed = dict(describe(config, derived))
+    assert printed["batch ramp"] == "2 rows from step 0, 4 rows from step 2, 8 rows from step 5"
+    assert "train.batch_ramp.0.global_batch_tokens = 64 is not a multiple of" in refusal(tiny, RAMP, num_ranks=2)
+
+
+def test_a_pipeline_must_run_each_size_of_the_batch(tiny):
+    def overrides(first: int) -> list[str]:
+        return [f"train.batch_ramp=[{{until_step: 2, global_batch_tokens: {32 * first}}}]", "train.micro_batch_size=1",
+                "parallel.pp=2", "parallel.schedule=interleaved_1f1b", "model.num_layers=4"]
+
+    assert derive(load_config(tiny, overrides(4)), 2).num_micro_batches == 8
+    message = refusal(tiny, *overrides(5), num_ranks=2)
+    assert "can't run 5 micro-batches (batch_ramp.0.global_batch_tokens 160 / 32)" in message
+
+
 def test_the_resolved_config_reads_back_as_itself(tiny, tmp_path):
     values = resolved_values(load_config(tiny))
     path = tmp_path / "resolved.yaml"

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megascale.config.model import ModelConfig
-from megascale.model.context import build_context, number_documents
+from megascale.model.context import build_context
 from megascale.model.families.hf_names import from_hf, to_hf
 from megascale.model.rope import rotary_table
 from megascale.model.transformer import build_model, compile_blocks
@@ -85,10 +85,9 @@ def test_logits_and_loss_equal_transformers(config):
 def test_documents_of_a_row_know_nothing_of_each_other(family):
     """Two documents in one row give the logits that each has in a row of its own."""
     model = randomized_model(CONFIGS[family])
-    end_id, first, second = 7, [3, 4, 5, 6, 7], [9, 3, 4, 5, 8, 11, 2]
+    first, second = [3, 4, 5, 6, 7], [9, 3, 4, 5, 8, 11, 2]
     tokens_BT = torch.tensor([first + second])
-    documents_BT = number_documents(tokens_BT, end_id)
-    assert documents_BT.tolist() == [[0] * len(first) + [1] * len(second)]
+    documents_BT = torch.tensor([[0] * len(first) + [1] * len(second)], dtype=torch.int32)
     context = build_context(model.config, tokens_BT.shape[1], tokens_BT.device, documents_BT=documents_BT)
     assert context.position_ids_BT.tolist() == [[*range(len(first)), *range(len(second))]]
     alone = torch.cat([model(torch.tensor([first])), model(torch.tensor([second]))], dim=1)

@@ -9,7 +9,7 @@ import yaml
 from megascale.errors import DataError
 from megascale.observe.curves import draw_loss_curve, running_mean
 from megascale.observe.jsonl import JsonlSink
-from megascale.observe.metrics import build_eval_record
+from megascale.observe.metrics import CorpusEval, build_eval_record
 from megascale.observe.report import write_report
 from megascale.observe.run_files import BaselineFit, Session, append_session, write_baselines
 from tests.unit.test_observe_sinks import train_record
@@ -62,6 +62,18 @@ def test_report_of_metrics_alone(run_folder):
     assert page.tags.count("svg") == 5
     assert "Sessions" not in page.text
     assert "0.2250" in page.text
+
+
+def test_report_of_a_blend(run_folder):
+    sink = JsonlSink(run_folder, 40)
+    sink.log_train(train_record(41, ledger={"code": 3_000_000, HOSTILE: 1_000_000}))
+    corpora = {"code": CorpusEval(0.125, 50, 0.5), HOSTILE: CorpusEval(0.375, 50, None)}
+    sink.log_eval(build_eval_record(41, 0.25, 100, 400, 1.0, 1.0, corpora=corpora))
+    sink.close("finished")
+    page = Page(write_report(run_folder).read_text())
+    assert page.tags.count("svg") == 6
+    for shown in ("tokens read", "75.0%", "3M", "0.1250", HOSTILE):
+        assert shown in page.text
 
 
 def test_report_with_everything_is_self_contained_and_escaped(run_folder, tmp_path):

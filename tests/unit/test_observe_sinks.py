@@ -14,10 +14,10 @@ from rich.console import Console
 
 from megascale.config.observe import ObserveConfig, WandbConfig
 from megascale.observe.build import build_logger
-from megascale.observe.console import ConsoleSink, format_count, format_duration
+from megascale.observe.console import ConsoleSink, describe_eval, format_count, format_duration
 from megascale.observe.jsonl import JsonlSink
 from megascale.observe.logger import Logger
-from megascale.observe.metrics import TrainRecord, build_eval_record, merge_rows, to_json_line
+from megascale.observe.metrics import CorpusEval, TrainRecord, build_eval_record, merge_rows, to_json_line
 from megascale.observe.run_files import METRICS_FILE, Session, append_session, read_json_lines, read_metrics
 
 
@@ -54,6 +54,19 @@ def test_merge_rows_gives_one_row_a_step():
     rows = merge_rows(lines)
     assert [step for step, _ in rows] == [1, 2]
     assert {"train/loss", "eval/loss", "_timestamp"} <= rows[1][1].keys()
+
+
+def test_what_each_corpus_comes_to_is_logged_by_name():
+    """Caught mutation: nested values left as they are, which W&B would flatten in a way of its own."""
+    each = {"web": CorpusEval(2.0, 200, 1.5), "code": CorpusEval(math.nan, 100, None)}
+    evaluated = build_eval_record(2, 3.0, 300, None, 2.0, 1.0, corpora=each)
+    lines = [json.loads(to_json_line(record)) for record in (train_record(2, ledger={"web": 7, "code": 5}), evaluated)]
+    assert lines[1]["corpora"]["code"] == {"loss": None, "num_tokens": 100, "bits_per_byte": None}
+    ((_, row),) = merge_rows(lines)
+    assert (row["train/tokens/web"], row["train/tokens/code"], row["eval/web/loss"]) == (7, 5, 2.0)
+    assert "eval/code/loss" not in row
+    assert not any(isinstance(value, dict) for value in row.values())
+    assert describe_eval(evaluated).endswith("(web 2.0000, code nan)")
 
 
 def test_resume_drops_what_the_checkpoint_does_not_cover(tmp_path):

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from data_tools.cli import app
 from data_tools.verify import verify_corpus
-from megascale.data.manifest import load_manifest
+from megascale.data.manifest import load_manifest, read_tokenizer
 from megascale.errors import DataError
 from tests.support.corpus import QUIET, make_corpus, make_text, make_text_corpus
 
@@ -23,7 +23,7 @@ def test_build_verify_inspect(tmp_path):
     assert "found finished, nothing to do" in run("build", text, "--out", out, *options)
     assert "documents: good" in run("verify", out)
     shown = run("inspect", out, "--row", 0, "--seq-len", 40)
-    assert "row 0: epoch 0, shard-000000.tar, row 0, tokens 0 .. 40\n" in shown
+    assert "epoch 0, shard-000000.tar, row 0: 41 tokens in 1 pieces" in shown
     assert "return" in run("inspect", out, "--row", 100_000, "--seq-len", 300, "--seed", 1)
 
 
@@ -34,7 +34,26 @@ def test_tokenizer_and_tokenize(tmp_path):
     run("tokenize", text, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 1, *fraction)
     manifest = load_manifest(tmp_path / "out", "train")
     assert manifest.vocab_size == 280
-    assert manifest.tokenizer_path.read_bytes() == tokenizer.read_bytes()
+    assert read_tokenizer(manifest) == tokenizer.read_bytes()
+
+
+def test_array_and_merge(tmp_path, monkeypatch):
+    text, tokenizer, out = make_text(tmp_path / "text"), tmp_path / "tokenizer.json", tmp_path / "out"
+    run("tokenizer", text, "--out", tokenizer, "--vocab-size", 280, "--special-token", "<|fim_prefix|>")
+    run("tokenizer", "--from", tokenizer, "--special-token", "<|fim_prefix|>", "--out", tmp_path / "taken.json")
+    assert (tmp_path / "taken.json").read_bytes() == tokenizer.read_bytes()
+    monkeypatch.setattr("data_tools.chunks.MIN_CHUNK_BYTES", 3000)
+    options = ["--tokenizer", tokenizer, "--out", out, "--workers", 1, "--validation-fraction", 0.2, "--no-fast"]
+    run("tokenize", text, *options, "--array", "1/2")
+    for name, value in {"ID": 0, "MIN": 0, "MAX": 1, "COUNT": 2}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert "tokenized by tokenizers, as asked" in run("tokenize", text, *options, "--array", "slurm")
+    assert f"corpus {out}: " in run("merge", out)
+    assert "documents: good" in run("verify", out)
+    with pytest.raises(DataError, match=r"--overwrite with --array would let a part remove others; remove .*out"):
+        run("tokenize", text, *options, "--array", "0/2", "--overwrite")
+    with pytest.raises(DataError, match=r"give either a SOURCE to train a tokenizer on, or --from TOKENIZER"):
+        run("tokenizer", text, "--from", tokenizer, "--out", tmp_path / "other.json")
 
 
 def test_inspect_refuses_a_row_that_is_not_there(tmp_path):

@@ -4,8 +4,11 @@ import json
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_tools.corpora import ReadCounts, find_source, python_stdlib_folder, read_documents
+from data_tools.corpora import cut_source, find_source, python_stdlib_folder
+from data_tools.readers import ReadCounts, read_documents, read_piece, split_text
 from megascale.errors import DataError
 
 
@@ -124,3 +127,58 @@ def test_fingerprint_follows_the_files(tmp_path):
     (tmp_path / "b.txt").write_text("two")
     assert find_source(str(tmp_path)).fingerprint != first
     assert find_source(str(tmp_path), text_field="body").fingerprint != first
+
+
+@settings(max_examples=200, deadline=None)
+@given(lines=st.lists(st.text("ab\\né", max_size=12), max_size=20), chunk_bytes=st.integers(1, 60), end=st.booleans())
+def test_pieces_of_json_lines_hold_every_line_once(tmp_path_factory, lines, chunk_bytes, end):
+    """Caught mutations: the skip from `start` instead of `start - 1`; `first <= piece.stop`."""
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"x{line}"}) for line in lines) + "\n" * end)
+    source, counts = find_source(str(path)), ReadCounts()
+    pieces = [piece for chunk in cut_source(source, chunk_bytes) for piece in chunk]
+    texts = [document.text for piece in pieces for document in read_piece(source, piece, counts)]
+    assert texts == [f"x{line}" for line in lines]
+    assert sum(piece.num_bytes for piece in pieces) == path.stat().st_size
+
+
+def test_bad_line_in_a_later_piece_is_counted_from_the_start(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' * 100 + '{"text": \n')
+    source = find_source(str(path))
+    *_, last = [piece for chunk in cut_source(source, 300) for piece in chunk]
+    assert last.start > 0
+    with pytest.raises(DataError, match=r"a.jsonl line 101 isn't JSON"):
+        list(read_piece(source, last, ReadCounts()))
+
+
+def test_chunks_are_of_about_one_size_in_the_order_of_names(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number:02d}.txt").write_text("x" * 100)
+    (tmp_path / "15.txt").write_text("x" * 5000)
+    chunks = cut_source(find_source(str(tmp_path)), 1000)
+    assert [piece.path.name for chunk in chunks for piece in chunk] == [f"{n:02d}.txt" for n in range(30)]
+    assert [len(chunk) for chunk in chunks] == [10, 6, 10, 4]
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(st.text("ab<>é", max_size=9), max_size=9), read_bytes=st.integers(1, 20))
+def test_separators_at_any_place(tmp_path_factory, texts, read_bytes):
+    """Caught mutation: `searched` at the end of what was read; a separator across two reads would be missed."""
+    path = tmp_path_factory.mktemp("texts") / "a.txt"
+    path.write_text("<>".join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_tools.readers.READ_BYTES", read_bytes)
+        with path.open("rb") as file:
+            found = list(split_text(file, b"<>", path))
+    assert [text.decode() for text in found] == "<>".join(texts).split("<>")
+
+
+def test_endless_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.readers.MAX_DOCUMENT_BYTES", 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + "x" * 200)
+    with pytest.raises(DataError, match=r"a.jsonl: the line at byte 17 is longer than 100 bytes, the most that one"):
+        read(tmp_path)
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a.txt is longer than 100 bytes, .*--separator for text files"):
+        read(tmp_path)

@@ -16,12 +16,16 @@ from tests.support.corpus import make_corpus, synthetic_documents
 def test_numpy_and_tarfile_read_a_shard(tmp_path):
     """Follows docs/data_format.md with nothing of megascale's."""
     split = make_corpus(tmp_path / "corpus") / "train"
-    index = json.loads((split / "index.json").read_text())
+    index, table_content = json.loads((split / "index.json").read_text()), (split / "shards.npy").read_bytes()
+    assert hashlib.sha256(table_content).hexdigest() == index["table_sha256"]
+    shards = np.load(io.BytesIO(table_content))
+    assert len(shards) == index["num_shards"]
     read = []
-    for shard in index["shards"]:
-        content = (split / shard["name"]).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
-        with tarfile.open(split / shard["name"]) as tar:
+    for shard in shards:
+        path = split / f"shard-{shard['number']:06d}.tar"
+        content = path.read_bytes()
+        assert (len(content), hashlib.sha256(content).digest()) == (shard["bytes"], bytes(shard["sha256"]))
+        with tarfile.open(path) as tar:
             members = tar.getmembers()
             arrays = {m.name: np.load(io.BytesIO(tar.extractfile(m).read())) for m in members}
         assert members[-1].name == "__index__"
@@ -30,7 +34,7 @@ def test_numpy_and_tarfile_read_a_shard(tmp_path):
         assert (members[-1].offset_data, members[-1].size) == (shard["index_offset"], shard["index_bytes"])
         assert table.dtype == np.dtype("<u8")
         assert table.shape == (shard["blocks"], 6)
-        number = int(shard["name"][6:12])
+        number = shard["number"]
         for block, row in enumerate(table.tolist()):
             tokens = arrays[f"{number:06d}_{block:06d}.tokens.npy"]
             ends = arrays[f"{number:06d}_{block:06d}.docs.npy"]
@@ -54,7 +58,7 @@ def test_stock_webdataset_reads_the_corpus(tmp_path):
 
 def test_blocks_and_shards_close_at_the_end_of_a_document(tmp_path):
     split = make_corpus(tmp_path / "corpus") / "train"
-    shards = json.loads((split / "index.json").read_text())["shards"]
+    shards = np.load(split / "shards.npy")
     assert [shard["tokens"] >= 2048 for shard in shards] == [True, True, True, False]
     assert all(shard["tokens"] < 2048 + 512 + 200 for shard in shards)
     for sample in webdataset.WebDataset([str(split / "shard-000000.tar")], shardshuffle=False).decode():

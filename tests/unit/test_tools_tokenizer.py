@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.corpora import Document
 from data_tools.settings import EOS_TOKEN
-from data_tools.tokenize import hash_text, tokenize_batch, tokenize_documents
-from data_tools.tokenizer import find_eos_id, train_tokenizer
+from data_tools.tokenize import encode_slow, hash_text
+from data_tools.tokenizer import find_eos_id, take_tokenizer, train_tokenizer
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
 
@@ -32,9 +31,9 @@ def test_any_text_comes_back(path, text):
 def test_text_never_becomes_a_special_token(path):
     """Caught mutation: `encode_special_tokens` left False; the text would end its own document."""
     text = f"a{EOS_TOKEN}b"
-    batch = tokenize_batch(path, 0, [Document(text, 0)])
-    assert np.flatnonzero(batch.tokens == 0).tolist() == [len(batch.tokens) - 1]
-    assert load_tokenizer(path).decode(batch.tokens[:-1].tolist()) == text
+    (tokens,) = encode_slow(load_tokenizer(path), [text])
+    assert not (tokens == 0).any()
+    assert load_tokenizer(path).decode(tokens.tolist()) == text
 
 
 def test_training_is_reproducible():
@@ -61,19 +60,43 @@ def test_missing_or_damaged_tokenizer(tmp_path, path):
         load_tokenizer(tmp_path / "cut.json")
 
 
-def test_workers_give_the_same_tokens_in_the_same_order(path, monkeypatch):
-    """Many batches, two processes; caught mutation: the last submitted result taken first."""
-    monkeypatch.setattr("data_tools.tokenize.BATCH_BYTES", 1 << 17)
-    documents = [Document(TEXTS[number % 2] * (1 + 977 * number % 3001), 1) for number in range(60)]
-    alone = list(tokenize_documents(documents, path, 0, workers=1))
-    shared = list(tokenize_documents(documents, path, 0, workers=2))
-    assert len(alone) == len(shared) > 8
-    for a, b in zip(alone, shared, strict=True):
-        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-    assert sum(batch.source_bytes for batch in alone) == 60
+def test_special_tokens_follow_the_end_of_text(path):
+    tokenizer = train_tokenizer(TEXTS, 300, ["<|fim_prefix|>", "<|fim_suffix|>"])
+    assert [tokenizer.token_to_id(token) for token in (EOS_TOKEN, "<|fim_prefix|>", "<|fim_suffix|>")] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"--vocab-size 258 is too small .* need 259 entries"):
+        train_tokenizer(TEXTS, 258, ["<|fim_prefix|>", "<|fim_suffix|>"])
+
+
+def test_a_tokenizer_that_exists_is_taken_as_it_is(path, tmp_path):
+    assert take_tokenizer(str(path), EOS_TOKEN, ()) == path.read_bytes()
+    with pytest.raises(DataError, match=r"no special token <\|fim_prefix\|>; it has <\|endoftext\|>: name one"):
+        take_tokenizer(str(path), EOS_TOKEN, ("<|fim_prefix|>",))
+    with pytest.raises(DataError, match=r"has no token '</s>'"):
+        take_tokenizer(str(path), "</s>", ())
+    with pytest.raises(DataError, match=r"no tokenizer at .*none.json"):
+        take_tokenizer(str(tmp_path / "none.json"), EOS_TOKEN, ())
+
+
+def test_tokenizer_of_the_hub(path, monkeypatch):
+    monkeypatch.setattr("data_tools.tokenizer.Tokenizer", FakeHub)
+    FakeHub.path = path
+    content = take_tokenizer("hub:some/name", EOS_TOKEN, ())
+    assert load_tokenizer(path).to_str(pretty=True).encode() == content
+    with pytest.raises(DataError, match=r"hub:other can't be fetched \(404\); give the path of a"):
+        take_tokenizer("hub:other", EOS_TOKEN, ())
+
+
+class FakeHub:
+    """Stands for the class that fetches: one tokenizer, no network."""
+
+    @classmethod
+    def from_pretrained(cls, name):
+        if name != "some/name":
+            raise Exception("404")
+        return load_tokenizer(cls.path)
 
 
 def test_text_hash_is_uniform_and_pinned():
-    values = np.array([hash_text(str(number)) for number in range(2000)])
+    values = np.array([hash_text(str(number).encode()) for number in range(2000)]) / 2**64
     assert abs(values.mean(0) - 0.5).max() < 0.03
-    assert hash_text("abc") == (0.1701228484905332, 0.08777096611700953)
+    assert hash_text(b"abc") == (3138212647195331279, 1619088549062707489)

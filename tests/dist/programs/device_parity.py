@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from megascale.config.derive import derive
 from megascale.config.load import parse_config
 from megascale.config.schema import RunConfig
-from megascale.model.context import build_context, number_documents
+from megascale.model.context import build_context
 from megascale.model.dropout import derive_row_keys
 from megascale.model.transformer import Transformer, build_model
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.train.build import build_run_engine, layout_of
 from tests.support.tiny import batch_of_rows, gap, random_rows, share_small_parameters
 
-ROWS, SEQ_LEN, STEPS, CLIP_NORM, LEARNING_RATE, SEED, END_OF_DOCUMENT = 4, 256, 8, 0.5, 1e-3, 1, 7
+ROWS, SEQ_LEN, STEPS, CLIP_NORM, LEARNING_RATE, SEED = 4, 256, 8, 0.5, 1e-3, 1
 MODEL = {"num_layers": 2, "d_model": 128, "num_heads": 4, "vocab_size": 61, "max_seq_len": SEQ_LEN}
 FAMILIES = {"llama": {"num_kv_heads": 2, "d_ff": 256}, "gpt2": {}}
 
@@ -54,7 +54,7 @@ def plain_loss(model: Transformer, rows, has_documents: bool, step: int) -> torc
     """Sum of the loss over all rows: logits, then torch's own cross-entropy."""
     batch = batch_of_rows(rows, range(ROWS))
     keys_B = derive_row_keys(batch.row_numbers_B, SEED, step) if model.config.dropout else None
-    documents_BT = number_documents(batch.tokens_BT, END_OF_DOCUMENT) if has_documents else None
+    documents_BT = batch.documents_BT if has_documents else None
     context = build_context(
         model.config, SEQ_LEN, torch.device("cpu"), documents_BT=documents_BT, row_keys_B=keys_B
     )
@@ -92,7 +92,7 @@ def plain_run(config: RunConfig) -> Curve:
 def device_run(config: RunConfig, mesh: Mesh) -> Curve:
     """The same through the run's own engine."""
     derived = derive(config, mesh.world_size)
-    engine = build_run_engine(config, derived, mesh, END_OF_DOCUMENT)
+    engine = build_run_engine(config, mesh)
     share, curve, size = ROWS // derived.dp, [], config.train.micro_batch_size
     own = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
 

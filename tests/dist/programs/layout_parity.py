@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from megascale.config.derive import derive
 from megascale.config.model import ModelConfig
-from megascale.model.context import build_context, number_documents
+from megascale.model.context import build_context
 from megascale.model.dropout import derive_row_keys
 from megascale.model.transformer import Transformer, build_model
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
@@ -22,7 +22,6 @@ from tests.support.layouts import (
     ADAM_EPS,
     CASES,
     CLIP_NORM,
-    END_OF_DOCUMENT,
     LEARNING_RATE,
     ROWS,
     SEED,
@@ -41,7 +40,7 @@ def plain_loss(model: Transformer, rows, has_documents: bool, step: int) -> torc
     """Sum of the loss over all rows in one forward pass: logits, then torch's own cross-entropy."""
     batch = batch_of_rows(rows, range(ROWS))
     keys_B = derive_row_keys(batch.row_numbers_B, SEED, step) if model.config.dropout else None
-    documents_BT = number_documents(batch.tokens_BT, END_OF_DOCUMENT) if has_documents else None
+    documents_BT = batch.documents_BT if has_documents else None
     context = build_context(
         model.config, SEQ_LEN, torch.device("cpu"), documents_BT=documents_BT, row_keys_B=keys_B
     )
@@ -75,7 +74,7 @@ def laid_out_run(case: LayoutCase, mesh: Mesh) -> Curve:
     """The same through the run's own engine."""
     config = case_config(case)
     derived = derive(config, case.ranks, case.name)
-    engine = build_run_engine(config, derived, mesh, END_OF_DOCUMENT)
+    engine = build_run_engine(config, mesh)
     share, curve, size = ROWS // derived.dp, [], config.train.micro_batch_size
     own = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
 

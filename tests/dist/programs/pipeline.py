@@ -152,7 +152,7 @@ def count_bytes(case: SimpleNamespace) -> list[int]:
 
 
 def run_case(case: SimpleNamespace, mesh: Mesh) -> dict:
-    """Two training steps, an evaluation between them, logits, and a step with an infinite loss."""
+    """Two training steps and one of twice the micro-batches, evaluations, logits, and a step with an infinite loss."""
     whole = Stack(build_layers())
     layers = copy.deepcopy(whole.layers)
     num_stages = mesh.pp.size * case.stages_per_rank
@@ -170,24 +170,24 @@ def run_case(case: SimpleNamespace, mesh: Mesh) -> dict:
         parameter.grad = piece.view_as(parameter)
     runner = build_pipeline(
         [Stack([layers[index] for index in ranges[stage]]) for stage in own], own, num_stages, case.schedule,
-        case.num_micro_batches, (B, T, D), torch.float32, mesh.device, mesh.pp, objective, accumulate,
+        (B, T, D), torch.float32, mesh.device, mesh.pp, objective, accumulate,
     )
     sent = count_bytes(case)
     result = {"rank": mesh.pp.rank, "own": own, "gaps": [], "loss_gaps": [], "eval_gaps": []}
-    for step in range(2):
+    for step, growth in enumerate((1, 1, 2)):
         flat.zero_()
-        batches = [ToyBatch(100 * step + index) for index in range(case.num_micro_batches)]
+        batches = [ToyBatch(100 * step + index) for index in range(growth * case.num_micro_batches)]
         loss = runner.run(batches, step, SCALE)
         expected = reference_step(whole, batches, step)
         result["gaps"].append(max(gradient_gap(parameter, reference) for parameter, reference in pairs))
         result["loss_gaps"].append(relative_gap(loss, expected, num_stages - 1 in own))
         result["times_prepared"] = sorted({batch.num_prepared - 1 for batch in batches})
+        result["buffers"] = count_buffers(runner, len(batches))
         result["eval_gaps"].append(evaluate(runner, whole, num_stages - 1 in own, case.num_micro_batches + step))
-    result["bytes_sent"] = sent[0] // 2
+    result["bytes_sent"] = sent[0] // 4
     result["keeps_grad_views"] = all(
         parameter.grad.data_ptr() == piece.data_ptr() for (parameter, _), piece in zip(pairs, pieces, strict=True)
     )
-    result["buffers"] = count_buffers(runner)
     result["logits_gap"] = logits_gap(runner, whole)
     flat.zero_()
     extras = [float("inf") if index == 1 % case.num_micro_batches else 0.0 for index in range(case.num_micro_batches)]
@@ -231,8 +231,8 @@ def logits_gap(runner: PipelineRunner, whole: nn.Module) -> float:
     return (found - whole(tokens, {"factor": 1.0}, None, last_B)).abs().max().item()
 
 
-def count_buffers(runner: PipelineRunner) -> int:
-    schedule = runner.schedule
+def count_buffers(runner: PipelineRunner, num_micro_batches: int) -> int:
+    schedule = runner.schedule_of(num_micro_batches)
     stages = [schedule._stage] if hasattr(schedule, "_stage") else schedule._stages
     infos = [infos for stage in stages for kept in (stage.args_recv_info, stage.grad_recv_info)
              for infos in kept.values()]

@@ -17,6 +17,7 @@ from megascale.checkpoint.load import load_pieces
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.config.training import PrecisionConfig
+from megascale.data.stream import StreamRecord
 from megascale.engine.base import EngineSettings
 from megascale.engine.build import build_engine
 from megascale.model.transformer import build_model
@@ -26,7 +27,7 @@ from tests.dist.programs.zero_parity import CLIP, LEARNING_RATE, ROWS, SEQ_LEN, 
 from tests.support.tiny import ODD_GPT2, batch_of_rows, random_rows, share_small_parameters
 
 HALF, STEPS = 4, 8
-RECORD = RunRecord("run", {}, "config", {}, {})
+RECORD = RunRecord("run", {}, "config", StreamRecord({}, ()), {}, {})
 
 
 def new_engine(zero_stage: int, dtype: str, mesh, seed: int, offload: str = "none"):
