@@ -49,7 +49,7 @@ class SkippedRows:
     """Rows of one step that were masked, because a shard couldn't be read.
 
     Attributes:
-        step: number of the step, from 0.
+        step: number of the step, from 1, as `metrics.jsonl` counts them.
         rank: that read them, and leads its replica.
         corpus: name of the corpus.
         shard: its path or url.

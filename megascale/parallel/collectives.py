@@ -2,7 +2,8 @@
 
 An axis of one rank returns its input at once, so that a laptop runs the same lines as a cluster. The operators are
 those that torch.compile traces (`_c10d_functional`): plain tensors in and out, in eager mode already on their way when
-the call returns.
+the call returns. What is being sent is held until the result is waited for, so that no thread of gloo's drops the last
+reference to a Python object.
 
 Bytes sent by each of n ranks for x bytes of the larger side (ring algorithms): all-reduce 2 x (n-1)/n, all-gather,
 reduce-scatter and all-to-all x (n-1)/n.
@@ -33,11 +34,11 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis, dim: int) -> Started:
     """Starts to lay the ranks' tensors side by side along `dim`, in rank order."""
     if axis.size == 1:
         return lambda: tensor
-    pending = ops.all_gather_into_tensor(tensor.contiguous(), axis.size, axis.name)
-    shape, dim = tensor.shape, dim % tensor.dim()
+    sent, dim = tensor.contiguous(), dim % tensor.dim()
+    pending = ops.all_gather_into_tensor(sent, axis.size, axis.name)
 
     def finish() -> torch.Tensor:
-        parts = ops.wait_tensor(pending).view(axis.size, *shape)
+        parts = ops.wait_tensor(pending).view(axis.size, *sent.shape)
         return parts.movedim(0, dim).flatten(dim, dim + 1)
 
     return finish
@@ -52,8 +53,8 @@ def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, dim: int) -> Started:
     if not axis.is_gloo:
         pending = ops.reduce_scatter_tensor(parts, "sum", axis.size, axis.name)
         return lambda: ops.wait_tensor(pending).squeeze(0)
-    pending = exchange_parts(parts, axis)
-    return lambda: ops.wait_tensor(pending).sum(dim=0)
+    finish = exchange_parts(parts, axis)
+    return lambda: finish().sum(dim=0)
 
 
 def start_all_to_all(tensor: torch.Tensor, axis: Axis, split_dim: int, join_dim: int) -> Started:
@@ -61,14 +62,15 @@ def start_all_to_all(tensor: torch.Tensor, axis: Axis, split_dim: int, join_dim:
     if axis.size == 1:
         return lambda: tensor
     split_dim, join_dim = split_dim % tensor.dim(), join_dim % tensor.dim()
-    pending = exchange_parts(tensor.unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous(), axis)
-    return lambda: ops.wait_tensor(pending).movedim(0, join_dim).flatten(join_dim, join_dim + 1)
+    finish = exchange_parts(tensor.unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous(), axis)
+    return lambda: finish().movedim(0, join_dim).flatten(join_dim, join_dim + 1)
 
 
-def exchange_parts(parts: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Starts an all-to-all of a tensor stacked by destination; waited for, the result is stacked by origin."""
+def exchange_parts(parts: torch.Tensor, axis: Axis) -> Started:
+    """Starts an all-to-all of a tensor stacked by destination; the result is stacked by origin."""
     counts = [1] * axis.size
-    return ops.all_to_all_single(parts, counts, counts, axis.name)
+    pending = ops.all_to_all_single(parts, counts, counts, axis.name)
+    return lambda: ops.wait_tensor(pending).view_as(parts)
 
 
 class CopyTo(torch.autograd.Function):

@@ -69,7 +69,7 @@ def count_step(run: Run, state: RunState, data: StepData) -> tuple[StepCounts, b
     mesh, vector = run.mesh, data.counts.to_vector()
     own = vector if mesh.leads_replica else [0] * len(vector)
     for fault in data.faults if mesh.leads_replica else ():
-        append_skips(run.folder, SkippedRows(state.step, mesh.rank, *fault))
+        append_skips(run.folder, SkippedRows(state.step + 1, mesh.rank, *fault))
     # Digests of a replica's ranks cancel out when they are equal. Each replica has a factor of its own, or ranks that
     # read each other's rows would cancel out too.
     share = 1 - mesh.world_size // mesh.layout.dp if mesh.leads_replica else 1
@@ -77,7 +77,7 @@ def count_step(run: Run, state: RunState, data: StepData) -> tuple[StepCounts, b
     num_stops, mismatch, *total = mesh.control_sum([int(run.stop.is_set), check, *own])
     if mismatch % CHECKED_DIGESTS:
         raise DataError(
-            f"step {state.step}: the ranks of a replica read different rows, so a shard is good on one machine and"
+            f"step {state.step + 1}: the ranks of a replica read different rows, so a shard is good on one machine and"
             f" damaged or missing on another; {run.folder / SKIPS_FILE} lists what was masked"
         )
     return StepCounts.from_vector(total), bool(num_stops)
@@ -93,7 +93,7 @@ def check_masked(run: Run, state: RunState, counts: StepCounts) -> None:
     new, limit = sum(read.masked_rows for read in counts.read), run.config.data.max_masked_rows
     if so_far + new > limit:
         raise DataError(
-            f"step {state.step}: {so_far + new} rows of the run could not be read, {new} of them in this step, more"
+            f"step {state.step + 1}: {so_far + new} rows of the run could not be read, {new} of them in this step, more"
             f" than data.max_masked_rows = {limit}; {run.folder / SKIPS_FILE} names the shards: restore them, or raise"
             " the limit"
         )
