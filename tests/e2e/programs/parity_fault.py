@@ -84,9 +84,10 @@ def run_command() -> None:
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        from megascale.train.parity import main as main_of_rank
+        from megascale.train.parity import serve_trace
+        from megascale.train.request import serve_request
 
         plant()
-        main_of_rank(sys.argv[1])
+        serve_request(serve_trace, sys.argv[1])
     else:
         run_command()
