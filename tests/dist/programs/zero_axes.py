@@ -119,7 +119,7 @@ def run_case(case: dict, mesh: Mesh) -> dict:
     engine = build_engine(
         net, optimizer_of(net), lambda part, step: (part.inputs_ND, part.targets_ND), mesh,
         PrecisionConfig(dtype=case["dtype"], initial_loss_scale_log2=8),
-        EngineSettings(case["zero_stage"], CLIP, 1, MICRO_BATCHES, offload_optimizer=case.get("offload", "none")),
+        EngineSettings(case["zero_stage"], CLIP, 1, offload_optimizer=case.get("offload", "none")),
         placements,
     )
     replica, num_replicas = dist.get_rank(mesh.zero_group), dist.get_world_size(mesh.zero_group)
