@@ -26,6 +26,8 @@ gpu: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	@$(BIN)/python -m bench.step_overhead
 	@$(BIN)/python -m bench.loader
+	@$(BIN)/python -m bench.resume_cost
+	@$(BIN)/python -m bench.tokenize
 	@$(BIN)/python -m bench.comm_volume
 	@$(BIN)/python -m bench.memory
 	@$(BIN)/python -m bench.schedule_trace

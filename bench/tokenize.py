@@ -7,6 +7,7 @@ table is about size: bytes of shards of the default sizes against those of their
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1 << 27, help="tokens of the corpus of which the size is taken")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when a batch is first encoded
     texts, size = [], 0
     for document in read_documents(find_source(PYTHON_STDLIB), ReadCounts()):
         texts.append(document.text)
