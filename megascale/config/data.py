@@ -82,7 +82,8 @@ class CacheConfig(Section):
     """Folder of the cache, which runs and jobs may share. Empty: `megascale/shards` in $XDG_CACHE_HOME or ~/.cache."""
 
     max_gib: float = Field(100.0, gt=0)
-    """Most that the cache takes; the shards read longest ago are deleted first."""
+    """Most that the cache takes; the shards read longest ago are deleted first. With `store: ram`: most memory that the
+    shards of one corpus take on one rank."""
 
     shards_ahead: int = Field(4, ge=0)
     """Shards that a rank fetches ahead of use. 4 hide the fetch of 128 MiB each at the speed of one GPU."""
