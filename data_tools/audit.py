@@ -8,7 +8,8 @@ from rich.console import Console
 
 from data_tools.locate import ReadRun, open_run
 from data_tools.progress import track_bytes
-from megascale.checkpoint.folders import checkpoint_path, list_steps
+from megascale.checkpoint.find import read_stored_index
+from megascale.checkpoint.run_file import peek_run_store
 from megascale.data.ledger import NO_DIGEST, NOTHING_READ, ReadCounts, chain_digest, digest_rows
 from megascale.data.rows import Corpus
 from megascale.data.stream import Stream
@@ -42,14 +43,13 @@ def audit_run(folder: Path, reads_tokens: bool, console: Console) -> Audit:
 
     Cost: 1 us a row; 4 bytes of memory a row of the corpora. With `reads_tokens`, that of reading the rows.
     """
-    from megascale.checkpoint.index import read_index  # brings torch along, which `megascale --help` waits for
-
     run = open_run(folder)
-    steps = list_steps(folder)
+    store = peek_run_store(folder)
+    steps = store.steps()
     if not steps:
         raise DataError(f"{folder} has no checkpoint, which keeps the ledger that an audit compares with")
-    place = checkpoint_path(folder, steps[-1])
-    state = read_index(place).state
+    place = store.path(steps[-1])
+    state = read_stored_index(store, steps[-1]).state
     num_rows = run.derived.batches.first_row(state.step)
     faults = []
     if num_rows != state.rows:

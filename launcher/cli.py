@@ -1,12 +1,14 @@
 """The command line. Each command is a few lines: what it does lives elsewhere, imported only when it runs."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_tools.cli import app as data_app
+from launcher.checkpoint import app as checkpoint_app
 from megascale.errors import EXIT_DIFFERENT, MegascaleError, StopRequested
 
 app = typer.Typer(
@@ -14,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the config, such as train.max_steps=300.")]
@@ -21,15 +24,34 @@ RunFolder = Annotated[Path, typer.Argument(help="Run folder, such as runs/quicks
 NumRanks = Annotated[int | None, typer.Option("--nproc", help="Ranks on this machine. Default: its GPUs, else cores.")]
 
 
+class ExportFormat(StrEnum):
+    """Formats that a checkpoint can be exported to."""
+
+    HF = "hf"
+
+
+class ExportDtype(StrEnum):
+    """Precisions that weights can be exported in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 @app.command()
 def train(
     config: ConfigPath, overrides: Overrides = None, nproc: NumRanks = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set the folder's run aside, start at step 0.")] = False,
+    fork: Annotated[str | None, typer.Option(
+        metavar="RUN@STEP", help="Begin a new run with another run's checkpoint; without @STEP, its newest.")] = None,
+    allow_change: Annotated[list[str] | None, typer.Option(
+        metavar="KEY", help="Resume or fork though this key changes what is computed; may be repeated.")] = None,
 ) -> None:
     """Train a run, or resume it from its newest whole checkpoint."""
     from launcher.train import start_training
+    from megascale.train.start_options import StartOptions
 
-    start_training(config, overrides or [], nproc, fresh)
+    start_training(config, overrides or [], nproc, StartOptions(fresh, fork, tuple(allow_change or ())))
 
 
 @app.command()
@@ -84,6 +106,43 @@ def generate(
     from launcher.generate import generate_text
 
     generate_text(run, prompt, max_tokens, temperature, top_k, top_p, seed, tp=tp, pp=pp)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    form: Annotated[ExportFormat, typer.Option("--format", help="Whose format: hf is a folder for transformers.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint to export. Default: the newest whole one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make. Default: RUN/export/hf_step_N.")] = None,
+    dtype: Annotated[ExportDtype, typer.Option(help="Of the weights.")] = ExportDtype.FLOAT32,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare logits with transformers'.")] = True,
+) -> None:
+    """Write a checkpoint as a folder that other tools load, and check that they compute the same."""
+    from launcher.export import export_run
+
+    export_run(run, step, out, dtype.value, max_shard_size, is_checked=check)
+
+
+@app.command("import")
+def import_(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the run.")] = None,
+    source: Annotated[str | None, typer.Argument(
+        help="Weights: a Hugging Face folder, hf://ORG/NAME, a RUN or RUN@STEP.")] = None,
+    overrides: Overrides = None,
+    show: Annotated[str | None, typer.Option(
+        "--show", metavar="SOURCE", help="Only print the model section of a source, to put into a config.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set the folder's run aside.")] = False,
+    allow_other_tokenizer: Annotated[bool, typer.Option(
+        "--allow-other-tokenizer", help="Import though the corpora's tokens mean other texts there.")] = False,
+) -> None:
+    """Begin a run with given weights: `megascale train CONFIG` goes on from them, in any layout."""
+    from launcher.import_weights import import_weights, show_section
+
+    if show is not None:
+        show_section(show)
+    else:
+        import_weights(config, source, overrides or [], is_fresh=fresh, allows_other_tokenizer=allow_other_tokenizer)
 
 
 @app.command()

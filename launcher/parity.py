@@ -15,8 +15,8 @@ from rich.table import Table
 from launcher.local import check_num_ranks, run_local
 from launcher.train import check_data
 from megascale.config.derive import derive
-from megascale.config.dump import keeps_maths
 from megascale.config.load import load_config
+from megascale.config.resume_rules import keeps_maths
 from megascale.config.schema import RunConfig
 from megascale.config.training import ParallelConfig, TrainConfig
 from megascale.errors import ConfigError, LaunchError

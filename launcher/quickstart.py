@@ -48,7 +48,7 @@ def run_quickstart() -> None:
     print(corpus.describe())
     num_ranks = min(MAX_RANKS, count_gpus() or MAX_RANKS)
     _announce(2, f"training: {config.train.max_steps} steps on {num_ranks} ranks, ZeRO-{config.parallel.zero_stage}")
-    start_training(CONFIG, [], num_ranks, is_fresh=False)
+    start_training(CONFIG, [], num_ranks)
     _announce(3, "baselines: n-gram models fitted on the tokens that the run has read")
     fit = fit_baselines(run_folder)
     _announce(4, "sample and report")

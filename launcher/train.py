@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.local import (
@@ -16,31 +17,37 @@ from launcher.local import (
 )
 from megascale.config.derive import Derived, derive
 from megascale.config.load import load_config
+from megascale.config.resume_rules import check_allowed_keys
 from megascale.config.schema import RunConfig
 from megascale.data.manifest import check_shard_files, read_tokenizer
 from megascale.data.rows import check_batches
 from megascale.data.stream import Stream, open_stream, open_validation, plan_stream
 from megascale.data.transfer import access_of
 from megascale.errors import ConfigError
+from megascale.train.start_options import StartOptions
 
 MAX_DEFAULT_CPU_RANKS = 8
+NO_OPTIONS = StartOptions()
 
 
-def start_training(config_path: Path, overrides: Sequence[str], num_ranks: int | None, is_fresh: bool) -> None:
+def start_training(
+    config_path: Path, overrides: Sequence[str], num_ranks: int | None, options: StartOptions = NO_OPTIONS
+) -> None:
     """Trains the run that a config describes, on this machine's ranks or as the rank that torchrun or srun started.
 
     Raises:
         MegascaleError: bad input before any rank starts, a failed rank, or a stop that was asked for.
     """
-    if is_fresh and is_restart(dict(os.environ)):
+    if options.is_fresh and is_restart(dict(os.environ)):
         print("--fresh was obeyed by the first attempt of this job; this one resumes", file=sys.stderr)
-        is_fresh = False
-    arguments = [str(config_path), *overrides, *(["--fresh"] if is_fresh else [])]
+        options = replace(options, is_fresh=False)
+    config = load_config(config_path, overrides)
+    check_allowed_keys(options.allowed, config)
+    arguments = [str(config_path), *overrides, *options.to_arguments()]
     given = given_ranks(dict(os.environ))
     if given is not None:
         machine = {} if count_gpus() else CPU_ENVIRONMENT
         os.execve(sys.executable, [sys.executable, "-m", RANK_MODULE, *arguments], os.environ | machine | given)
-    config = load_config(config_path, overrides)
     if num_ranks is not None:
         check_num_ranks(num_ranks)
     num_ranks = num_ranks or default_num_ranks(config)

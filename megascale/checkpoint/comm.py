@@ -22,6 +22,9 @@ class Comm(Protocol):
     def control_gather(self, value: int) -> list[int]:
         """Returns the value of each rank, in rank order, on every rank."""
 
+    def control_sum(self, values: list[int]) -> list[int]:
+        """Adds up int64 values over all ranks, modulo 2^64, on every rank."""
+
 
 @dataclass(frozen=True)
 class LocalComm:
@@ -32,6 +35,9 @@ class LocalComm:
 
     def control_gather(self, value: int) -> list[int]:
         return [value]
+
+    def control_sum(self, values: list[int]) -> list[int]:
+        return values
 
 
 def run_together(comm: Comm, action: Callable[[], T]) -> T:

@@ -1,32 +1,88 @@
-"""Whether a checkpoint may be continued under today's config and corpora. Pure."""
+"""What changed between a checkpoint and the run that is to go on from it, and whether it may. Pure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megascale.checkpoint.index import CheckpointIndex, RunRecord
+from megascale.checkpoint.index import Change, CheckpointIndex, RunRecord
 from megascale.config.dump import flat_values
+from megascale.config.resume_rules import FIM_KEY, VALIDATION_KEY, ChangeKind, batch_ramp_until, class_of
 from megascale.data.stream import CorpusRecord, StageRecord, StreamRecord
 from megascale.errors import CheckpointError
 
 ABSENT = "absent"
+BATCH_KEYS = ("train.global_batch_tokens", "train.batch_ramp")
 HORIZON_HINT = "\n(it follows train.max_steps unless it is set; set it to train longer on the schedule as it was)"
 BUDGET_HINT = (
     "\n(epochs and tokens of corpora are spread over data.horizon_steps, which follows train.max_steps unless it is"
     " set; set it to train longer on the mixture as it was)"
 )
+SPLIT_REASON = "its tokens, their order or their tokenizer differ"
+MIXTURE_REASON = "a mixture that has begun stays as it is"
 
 
 @dataclass(frozen=True)
-class Change:
-    """One value that differs between a checkpoint and today."""
+class ClassedChange:
+    """A change and what it does to the run.
 
-    key: str
-    old: Any
-    new: Any
+    Attributes:
+        reason: why it is forbidden; empty for the others.
+    """
+
+    change: Change
+    kind: ChangeKind
+    reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key} = {self.old!r} then, {self.new!r} now"
+        return f"{self.kind}: {self.change}" + (f" ({self.reason})" if self.reason else "")
+
+
+def find_changes(saved: CheckpointIndex, now: RunRecord, planned_rows: int) -> tuple[ClassedChange, ...]:
+    """Everything that differs between a checkpoint and today's run, classed, in order of the keys.
+
+    Args:
+        planned_rows: rows that the steps of the checkpoint would have read under today's config.
+    """
+    found = {
+        change.key: ClassedChange(change, *class_of(change.key))
+        for change in changed_values(saved.run.config, now.config)
+    }
+    others = [
+        *_changed_rows(saved.run.stream, now.stream, saved.state.rows),
+        *_changed_validation(saved.run.validation, now.validation),
+        *_moved_position(saved, planned_rows),
+    ]
+    return tuple((found | {classed.change.key: classed for classed in others}).values())
+
+
+def check_changes(changes: Sequence[ClassedChange], allowed: Collection[str], place: object) -> tuple[Change, ...]:
+    """Refuses what may not change, or was not allowed to.
+
+    Args:
+        allowed: keys whose change is allowed though it changes the math.
+        place: of the checkpoint, for the message.
+
+    Returns:
+        The changes of the math, all of them allowed: what the lineage of the run has to tell.
+
+    Raises:
+        CheckpointError: every other change, with its old and new value and what to do about it.
+    """
+    forbidden = [classed for classed in changes if classed.kind is ChangeKind.FORBIDDEN]
+    maths = [classed for classed in changes if classed.kind is ChangeKind.MATHS]
+    missing = [classed for classed in maths if classed.change.key not in allowed]
+    if forbidden or missing:
+        flags = "".join(f" --allow-change {classed.change.key}" for classed in missing)
+        raise CheckpointError(
+            f"{place}: the run's checkpoints were computed with another config or corpus:\n"
+            + "\n".join(f"  {classed}" for classed in (*forbidden, *missing))
+            + _hints(changes, {classed.change.key for classed in (*forbidden, *missing)})
+            + (f"\nto go on with what changes the math, noted in the run's lineage, add:{flags}" if flags else "")
+            + ("\nwhat is forbidden can't be allowed; `megascale import` takes over the weights alone into a new run"
+               if forbidden else "")
+            + "\nelse put these back, or give the changed run a folder of its own (run.folder)"
+        )
+    return tuple(classed.change for classed in maths)
 
 
 def changed_values(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
@@ -36,41 +92,15 @@ def changed_values(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     return [Change(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
-def check_same_run(saved: CheckpointIndex, now: RunRecord, is_safe: Callable[[str], bool]) -> list[Change]:
-    """Refuses to continue a checkpoint under a config or corpora that compute something else.
-
-    Args:
-        is_safe: whether a dotted config key may differ, such as `megascale.config.dump.keeps_maths`.
-
-    Returns:
-        The changes that are safe, for the log.
-
-    Raises:
-        CheckpointError: every other change, with its old and new value.
-    """
-    changes = changed_values(saved.run.config, now.config)
-    refused = [change for change in changes if not is_safe(change.key)]
-    refused += changed_rows(saved.run.stream, now.stream, saved.state.rows)
-    refused += [
-        Change(f"validation split of corpus {name}", fingerprint, now.validation[name])
-        for name, fingerprint in saved.run.validation.items() if now.validation.get(name, fingerprint) != fingerprint
-    ]
-    if refused:
-        has_horizon = any(change.key == "optimizer.horizon_steps" for change in refused)
-        is_longer = any(change.key == "train.max_steps" for change in changes)
-        has_mixture = any(change.key.startswith("mixture") for change in refused)
-        raise CheckpointError(
-            "the run's checkpoints were computed with another config or corpus:\n"
-            + "\n".join(f"  {change}" for change in refused)
-            + (HORIZON_HINT if has_horizon else "")
-            + (BUDGET_HINT if has_mixture and is_longer else "")
-            + "\nput these back, or give the changed run a folder of its own (run.folder)"
-        )
-    return [change for change in changes if is_safe(change.key)]
+def _hints(changes: Sequence[ClassedChange], refused: Collection[str]) -> str:
+    is_longer = any(classed.change.key == "train.max_steps" for classed in changes)
+    has_mixture = any(key.startswith("mixture") for key in refused)
+    return (HORIZON_HINT if "optimizer.horizon_steps" in refused else "") + (
+        BUDGET_HINT if has_mixture and is_longer else "")
 
 
-def changed_rows(saved: StreamRecord, now: StreamRecord, rows: int) -> Iterator[Change]:
-    """Yields what would make another stream of the rows that a run has read, the first `rows` of them.
+def _changed_rows(saved: StreamRecord, now: StreamRecord, rows: int) -> Iterator[ClassedChange]:
+    """What would make another stream of the rows that a run has read, the first `rows` of them.
 
     Mixtures that hadn't begun may differ, and so may corpora that none of the others reads.
     """
@@ -78,16 +108,37 @@ def changed_rows(saved: StreamRecord, now: StreamRecord, rows: int) -> Iterator[
     for first_row in sorted(then.keys() | today.keys()):
         old, new = then.get(first_row, ABSENT), today.get(first_row, ABSENT)
         if old != new:
-            yield Change(f"mixture from row {first_row}, of {rows} rows read", old, new)
+            change = Change(f"mixture from row {first_row}, of {rows} rows read", old, new)
+            yield ClassedChange(change, ChangeKind.FORBIDDEN, MIXTURE_REASON)
     for name in sorted({name for counts in then.values() for name in counts}):
         old, new = saved.corpora.get(name, CorpusRecord(ABSENT, 0.0)), now.corpora.get(name)
-        if new is None:
-            yield Change(f"corpus {name}", old.fingerprint, ABSENT)
-            continue
-        if old.fingerprint != new.fingerprint:
-            yield Change(f"train split of corpus {name}", old.fingerprint, new.fingerprint)
-        if old.fim_fraction != new.fim_fraction:
-            yield Change(f"fim_fraction of corpus {name}", old.fim_fraction, new.fim_fraction)
+        if new is None or old.fingerprint != new.fingerprint:
+            change = Change(f"train split of corpus {name}", old.fingerprint, new.fingerprint if new else ABSENT)
+            yield ClassedChange(change, ChangeKind.FORBIDDEN, SPLIT_REASON if new else "the run has read of it")
+        if new is not None and old.fim_fraction != new.fim_fraction:
+            yield ClassedChange(
+                Change(FIM_KEY.format(name), old.fim_fraction, new.fim_fraction), ChangeKind.MATHS)
+
+
+def _changed_validation(saved: dict[str, str], now: dict[str, str]) -> Iterator[ClassedChange]:
+    """Validation splits that losses before and after would be of different texts on."""
+    for name, fingerprint in saved.items():
+        if now.get(name, fingerprint) != fingerprint:
+            yield ClassedChange(Change(VALIDATION_KEY.format(name), fingerprint, now[name]), ChangeKind.MATHS)
+
+
+def _moved_position(saved: CheckpointIndex, planned_rows: int) -> Iterator[ClassedChange]:
+    """A batch that would also have changed the steps already taken: the run would read rows again, or pass over some.
+    """
+    state = saved.state
+    if planned_rows != state.rows:
+        train = saved.run.config.get("train", {})
+        ramp = batch_ramp_until(train, state.step) if {"batch_ramp", "global_batch_tokens"} <= train.keys() else "..."
+        change = Change(f"rows read by the first {state.step} steps", state.rows, planned_rows)
+        yield ClassedChange(
+            change, ChangeKind.FORBIDDEN,
+            f"a batch may change from here on, so the config has to tell the batches so far: train.batch_ramp = {ramp}",
+        )
 
 
 def _begun(record: StreamRecord, rows: int) -> dict[int, dict[str, int]]:

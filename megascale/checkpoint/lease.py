@@ -47,6 +47,25 @@ class Owner:
     token: str
 
 
+@dataclass(frozen=True)
+class LeaseClaim:
+    """What a holder can show, and another process on its behalf."""
+
+    path: str
+    owner: Owner
+
+
+def check_claim(claim: LeaseClaim) -> None:
+    """Makes sure that no other job has taken the run folder, for instance while the holder was frozen.
+
+    Raises:
+        LeaseLostError: another job has.
+    """
+    holder = _read_owner(Path(claim.path))
+    if holder != claim.owner:
+        raise LeaseLostError(_refusal(Path(claim.path), holder))
+
+
 class RunLease:
     """Holds a run folder from `take` until `release` or the death of the process."""
 
@@ -82,15 +101,10 @@ class RunLease:
             raise
         return cls(path, descriptor, owner, heartbeat_s)
 
-    def check_held(self) -> None:
-        """Makes sure that no other job has taken the run folder, for instance while this process was frozen.
-
-        Raises:
-            LeaseLostError: another job has.
-        """
-        holder = _read_owner(self._path)
-        if holder != self._owner:
-            raise LeaseLostError(_refusal(self._path, holder))
+    @property
+    def claim(self) -> LeaseClaim:
+        """What shows that this job holds the run folder."""
+        return LeaseClaim(str(self._path), self._owner)
 
     def release(self) -> None:
         """Gives the run folder back; safe to call more than once."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from megascale.checkpoint.comm import Comm, run_together
+from megascale.checkpoint.digest import MODULUS, digest_box
 from megascale.checkpoint.find import VerifiedCheckpoint
 from megascale.checkpoint.index import SliceRecord
 from megascale.checkpoint.tensor_file import read_parts
@@ -16,19 +17,21 @@ NAMES_SHOWN = 5
 
 
 def load_pieces(checkpoint: VerifiedCheckpoint, pieces: Iterable[StatePiece], *, comm: Comm) -> None:
-    """Fills the tensor of each piece from whichever files hold parts of its box. Every rank calls it.
+    """Fills the tensor of each piece from whichever files hold parts of its box, and checks that the bits are there.
 
-    The layout that wrote the checkpoint doesn't matter, nor how many ranks it had.
+    Every rank calls it. The layout that wrote the checkpoint doesn't matter, nor how many ranks it had.
 
     Raises:
-        CheckpointError: on every rank: a tensor that the checkpoint lacks, has in another shape, or has too much.
+        CheckpointError: on every rank: a tensor that the checkpoint lacks, has in another shape, or has too much; or
+            one whose elements in memory, over all ranks, aren't those that were saved.
 
-    Cost: each rank reads the bytes of its own pieces once.
+    Cost: each rank reads the bytes of its own pieces once, and digests those that it owns (0.5 GB/s a core).
     """
     pieces = list(pieces)
     run_together(comm, lambda: _check_keys(checkpoint, pieces))
     _check_nothing_left(checkpoint, pieces, comm)
     run_together(comm, lambda: fill_pieces(checkpoint, pieces))
+    _check_digests(checkpoint, pieces, comm)
 
 
 def fill_pieces(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) -> None:
@@ -42,7 +45,26 @@ def fill_pieces(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) ->
             if intersect_boxes(part.box, piece.box):
                 parts_of_file[part.file].append((part, piece))
     for name, parts in parts_of_file.items():
-        read_parts(checkpoint.path / name, parts)
+        with checkpoint.store.open(checkpoint.step, name) as content:
+            read_parts(content, f"{checkpoint.path}/{name}", parts)
+
+
+def _check_digests(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece], comm: Comm) -> None:
+    """Compares what is in memory now, over all ranks, with what was saved, tensor by tensor."""
+    keys = sorted(checkpoint.index.tensors)
+    sums = dict.fromkeys(keys, 0)
+    for piece in pieces:
+        if piece.is_owner:
+            sums[piece.key] += digest_box(piece.tensor.detach().cpu().numpy(), piece.global_shape, piece.box)
+    totals = comm.control_sum([_signed(sums[key] % MODULUS) for key in keys])
+    wrong = [key for key, total in zip(keys, totals, strict=True)
+             if f"{total % MODULUS:016x}" != checkpoint.index.tensors[key].digest]
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path}: {_name_some(wrong)} in memory after loading isn't what was saved")
+
+
+def _signed(value: int) -> int:
+    return value - MODULUS if value >= MODULUS // 2 else value
 
 
 def _check_keys(checkpoint: VerifiedCheckpoint, pieces: Sequence[StatePiece]) -> None:

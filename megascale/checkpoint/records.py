@@ -31,7 +31,7 @@ def to_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values) + "\n").encode()
 
 
-def parse_record(kind: type[T], text: bytes, path: Path) -> T:
+def parse_record(kind: type[T], text: bytes, path: Path | str) -> T:
     """Reads a record from JSON.
 
     Raises:

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from megascale.checkpoint.records import MisfitError, check_counts
 from megascale.data.ledger import NO_DIGEST, ReadCounts, StepCounts, add_counts, chain_digest
-from megascale.engine.base import StepOutput
+
+if TYPE_CHECKING:  # which brings torch along; tools that only read checkpoints do without
+    from megascale.engine.base import StepOutput
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class RunState:
         skipped_steps: steps so far whose update was withheld because of a non-finite value.
         skipped_in_a_row: how many of these came last, without an update in between.
         evaluated_step: the step at which the model was last evaluated, 0 when it wasn't yet.
+        validation_loss: the loss that it had then, in nats per label token; None when it wasn't finite, or before.
         ledger: what was read of each corpus, by its name.
         stream_digest: of every token read, in its place: 16 hexadecimal digits, see `megascale.data.ledger`.
         wandb_run_id: the W&B run that a resumed run continues.
@@ -35,6 +38,7 @@ class RunState:
     skipped_steps: int
     skipped_in_a_row: int
     evaluated_step: int
+    validation_loss: float | None
     ledger: dict[str, ReadCounts]
     stream_digest: str
     wandb_run_id: str | None
@@ -52,11 +56,11 @@ class RunState:
     def at_start(cls, wandb_run_id: str | None = None) -> Self:
         """The state of a run that hasn't taken a step."""
         return cls(
-            step=0, rows=0, tokens=0, skipped_steps=0, skipped_in_a_row=0, evaluated_step=0,
+            step=0, rows=0, tokens=0, skipped_steps=0, skipped_in_a_row=0, evaluated_step=0, validation_loss=None,
             ledger={}, stream_digest=NO_DIGEST, wandb_run_id=wandb_run_id, optimizer_scalars={},
         )
 
-    def advance(self, output: StepOutput, counts: StepCounts, corpora: Sequence[str]) -> Self:
+    def advance(self, output: "StepOutput", counts: StepCounts, corpora: Sequence[str]) -> Self:
         """The state after one more step.
 
         A skipped step counts as a step, since its rows are gone from the stream; its tokens were not trained on.

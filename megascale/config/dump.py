@@ -6,41 +6,8 @@ from typing import Any
 
 import yaml
 
+from megascale.config.resume_rules import keeps_maths
 from megascale.config.schema import RunConfig
-
-SAME_MATHS = (
-    "run.name",
-    "run.folder",
-    "data.folder",
-    "data.corpora",
-    "data.corpora.",
-    "data.stages",
-    "data.horizon_steps",
-    "data.store",
-    "data.cache.",
-    "data.fetch_attempts",
-    "data.fetch_timeout_s",
-    "data.allow_commands",
-    "data.on_bad_shard",
-    "data.max_masked_rows",
-    "train.micro_batch_size",
-    "train.max_steps",
-    "train.recompute",
-    "train.recompute_parts",
-    "train.recompute_every",
-    "train.offload_activations",
-    "train.compile",
-    "train.on_nonfinite",
-    "train.max_skipped_steps",
-    "parallel.",
-    "evaluate.",
-    "checkpoint.",
-    "observe.",
-)
-"""Keys (a dot at the end: whole sections) that may differ when a run is resumed: they set where it lives, how it is
-laid out and what is logged, never what is computed. Corpora and their mixture are compared by what was read of them
-(`megascale.checkpoint.compare`), so folders may move and what hasn't begun may change.
-A longer `train.max_steps` alone changes `optimizer.horizon_steps`, which does count, unless that is given."""
 
 
 def resolved_values(config: RunConfig) -> dict[str, Any]:
@@ -64,11 +31,6 @@ def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flat_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def keeps_maths(key: str) -> bool:
-    """Whether a dotted key may differ between a run and its resumption."""
-    return any(key.startswith(safe) if safe.endswith(".") else key == safe for safe in SAME_MATHS)
 
 
 def config_fingerprint(values: dict[str, Any]) -> str:

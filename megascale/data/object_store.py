@@ -32,13 +32,18 @@ def open_object(place: str, start: int, access: Access) -> Iterator[Body]:
 
 def _open(place: str, start: int):
     # The scheme's own file system: from a whole url fsspec would also read `s3://a::file://b`.
-    store = _file_system(scheme_of(place))
+    store = open_file_system(scheme_of(place))
     file = store.open(place, "rb", block_size=BLOCK_BYTES, cache_type="readahead")
     file.seek(min(start, file.size))
     return file
 
 
-def _file_system(scheme: str):
+def open_file_system(scheme: str):
+    """The fsspec file system of a scheme of `PACKAGES`, with credentials and endpoint from the environment.
+
+    Raises:
+        DataError: its package is missing.
+    """
     try:
         import fsspec
 

@@ -30,7 +30,8 @@ def scaler_values(scaler: LossScalerBase) -> dict[str, float]:
 
 
 def restore_scaler(scaler: LossScalerBase, values: dict[str, float]) -> None:
-    """Puts back what `scaler_values` gave."""
-    for name in SCALER_FIELDS if scaler.dynamic else ():
+    """Puts back what `scaler_values` gave; values of a format without a scale let the scaler begin as in a new run."""
+    has_values = any(f"loss_scaler.{name}" in values for name in SCALER_FIELDS)
+    for name in SCALER_FIELDS if scaler.dynamic and has_values else ():
         kind = type(getattr(scaler, name))
         setattr(scaler, name, kind(values[f"loss_scaler.{name}"]))

@@ -142,13 +142,19 @@ def _session_table(sessions: list[dict]) -> str:
         (
             str(number),
             _time(session.get("unix_s") or 0.0),
-            f"resumed at step {session['resumed_step']}" if session.get("resumed_step") else "started",
+            _beginning(session),
             _short(session.get("world_size")),
             (session.get("git_commit") or "")[:12],
         )
         for number, session in enumerate(sessions, 1)
     ]
     return page.table(rows, ("session", "time", "", "ranks", "code"))
+
+
+def _beginning(session: dict) -> str:
+    """How a session began, and what was changed or forked with it."""
+    step, news = session.get("resumed_step"), session.get("news")
+    return (f"resumed at step {step}" if step else "started") + (f"; {news}" if news else "")
 
 
 def _corpus_table(lines: list[dict]) -> str:

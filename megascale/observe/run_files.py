@@ -28,6 +28,7 @@ class Session:
         versions: version by package, such as `{"torch": "2.13.0"}`.
         git_commit: commit of the code when it runs from a checkout, None otherwise.
         facts: what else the report shows of the run, such as `{"parameters": "3.2 M"}`.
+        news: the turn that the run took here: what was allowed to change, or which run it forked; empty for none.
     """
 
     unix_s: float
@@ -37,6 +38,7 @@ class Session:
     versions: dict[str, str] = field(default_factory=dict)
     git_commit: str | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    news: str = ""
 
 
 def append_session(run_folder: Path, session: Session) -> None:

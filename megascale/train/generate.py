@@ -13,6 +13,7 @@ import torch
 
 from megascale.checkpoint.find import VerifiedCheckpoint, peek_checkpoint
 from megascale.checkpoint.load import fill_pieces
+from megascale.checkpoint.run_file import RUN_FILE, peek_run_store, read_run_file
 from megascale.config.derive import derive
 from megascale.config.load import parse_config
 from megascale.config.schema import RunConfig
@@ -28,7 +29,7 @@ from megascale.model.transformer import Transformer, build_model
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, build_mesh, close_mesh, read_rank_info
 from megascale.train.build import build_axes, own_stages
-from megascale.train.run_folder import RUN_FILE, TOKENIZER_FILE, read_run_file
+from megascale.train.run_folder import TOKENIZER_FILE
 
 
 def load_model(
@@ -91,7 +92,7 @@ def print_continuation(run_folder: Path, prompt: str, max_tokens: int, sampling:
     Raises:
         CheckpointError, DataError: no whole checkpoint, or no tokenizer to read and write text with.
     """
-    model = open_model(peek_checkpoint(run_folder), layout)
+    model = open_model(peek_checkpoint(peek_run_store(run_folder)), layout)
     tokenizer = load_tokenizer(run_folder / TOKENIZER_FILE)
     run_file = read_run_file(run_folder)
     if run_file is None:

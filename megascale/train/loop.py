@@ -2,22 +2,31 @@
 
 import math
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
 
-from megascale.checkpoint.save import save_checkpoint
+from megascale.checkpoint.run_file import note_saved
 from megascale.checkpoint.state import RunState
 from megascale.config.derive import Derived
 from megascale.config.schema import RunConfig
 from megascale.data.ledger import StepCounts
 from megascale.data.loader import StepData
 from megascale.engine.base import StepOutput
-from megascale.errors import CheckpointError, DataError, LeaseLostError, NonFiniteError, StopRequested
+from megascale.errors import (
+    CheckpointError,
+    DataError,
+    LeaseLostError,
+    MegascaleError,
+    NonFiniteError,
+    StopRequested,
+)
 from megascale.observe.console import say
 from megascale.observe.metrics import TrainRecord
 from megascale.observe.run_files import SKIPS_FILE, SkippedRows, append_skips
 from megascale.optim.schedules import learning_rate
 from megascale.train.evaluate import evaluate
+from megascale.train.probe import measure_probe
 from megascale.train.setup import Run
 
 CHECKED_DIGESTS = 1 << 32
@@ -29,24 +38,26 @@ def train(run: Run) -> RunState:
 
     Raises:
         StopRequested: a signal asked to stop; the state is saved.
+        CheckpointError: a save failed that the policy, or its importance, doesn't let pass.
         NonFiniteError: a loss or gradient wasn't finite and the policy is to stop; it wasn't applied.
         DataError: a shard is missing or damaged, and the policy or its limit is to stop.
     """
-    state, saved_step = run.start, run.saved_step
+    state, due_step = run.start, run.saver.saved_step
     last_step, interval_steps = run.config.train.max_steps, run.config.checkpoint.interval_steps
     with closing(run.loader.steps_from(state.step)) as steps:
         while True:
             state = evaluate_when_due(run, state)
             is_complete = state.step >= last_step and state.evaluated_step == state.step
-            if state.step != saved_step and (is_complete or (state.step and state.step % interval_steps == 0)):
-                saved_step = save(run, state, saved_step, is_last=is_complete)
+            if state.step != due_step and (is_complete or (state.step and state.step % interval_steps == 0)):
+                save(run, state, is_last=is_complete)
+                due_step = state.step
             if is_complete:
                 return state
             run.timer.start()
             data = next(steps)
             counts, is_stopped = count_step(run, state, data)
             if is_stopped:
-                save(run, state, saved_step, is_last=True)
+                save(run, state, is_last=True)
                 raise StopRequested(f"stopped at step {state.step} of {last_step}, as asked; the same command resumes")
             check_masked(run, state, counts)
             rate = rate_of(run.config, run.derived, state.step)
@@ -63,7 +74,10 @@ def train(run: Run) -> RunState:
 def count_step(run: Run, state: RunState, data: StepData) -> tuple[StepCounts, bool]:
     """What the step about to be taken reads over all replicas, and whether a stop was asked for. Every rank calls it.
 
+    The one word that all ranks have a step; so the news of a save under way goes with it.
+
     Raises:
+        CheckpointError: see `note_save`.
         DataError: ranks of one replica read different rows, which damage that not all of them see can bring about.
     """
     mesh, vector = run.mesh, data.counts.to_vector()
@@ -74,7 +88,10 @@ def count_step(run: Run, state: RunState, data: StepData) -> tuple[StepCounts, b
     # read each other's rows would cancel out too.
     share = 1 - mesh.world_size // mesh.layout.dp if mesh.leads_replica else 1
     check = share * (2 * mesh.dp_rank + 1) * data.counts.digest_sum % CHECKED_DIGESTS
-    num_stops, mismatch, *total = mesh.control_sum([int(run.stop.is_set), check, *own])
+    num_stops, num_done, num_failed, mismatch, *total = mesh.control_sum(
+        [int(run.stop.is_set), *run.saver.report(), check, *own]
+    )
+    note_save(run, lambda: run.saver.advance(num_done, num_failed))
     if mismatch % CHECKED_DIGESTS:
         raise DataError(
             f"step {state.step + 1}: the ranks of a replica read different rows, so a shard is good on one machine and"
@@ -92,11 +109,11 @@ def check_masked(run: Run, state: RunState, counts: StepCounts) -> None:
     so_far = sum(read.masked_rows for read in state.ledger.values())
     new, limit = sum(read.masked_rows for read in counts.read), run.config.data.max_masked_rows
     if so_far + new > limit:
-        raise DataError(
+        raise after_saves(run, DataError(
             f"step {state.step + 1}: {so_far + new} rows of the run could not be read, {new} of them in this step, more"
             f" than data.max_masked_rows = {limit}; {run.folder / SKIPS_FILE} names the shards: restore them, or raise"
             " the limit"
-        )
+        ))
 
 
 def evaluate_when_due(run: Run, state: RunState) -> RunState:
@@ -109,31 +126,67 @@ def evaluate_when_due(run: Run, state: RunState) -> RunState:
     if record is None:
         return state
     run.logger.log_eval(record)
-    return replace(state, evaluated_step=state.step)
+    loss = record.loss if math.isfinite(record.loss) else None
+    return replace(state, evaluated_step=state.step, validation_loss=loss)
 
 
-def save(run: Run, state: RunState, saved_step: int | None, *, is_last: bool) -> int | None:
-    """Saves a checkpoint and returns its step, or the step of the last one when this one couldn't be saved.
+def save(run: Run, state: RunState, *, is_last: bool) -> None:
+    """Begins to save, after the save before is done; the last one of a session is waited for.
 
-    The last one of a session is the whole point of it, so its failure is never passed over.
+    The last one is the whole point of the session, so its failure is never passed over.
+
+    Raises:
+        CheckpointError: see `note_save`.
     """
-    if state.step == saved_step:
-        return saved_step
-    state = replace(state, optimizer_scalars=run.engine.scalars())
+    deadline_s = agree_deadline(run) if is_last else None
+    note_save(run, lambda: run.saver.finish(deadline_s))
+    if state.step == run.saver.saved_step:
+        return
+    probe = run.probe and measure_probe(run.probe, run.engine, run.mesh, run.config.precision.dtype)
+    run.saver.start(replace(state, optimizer_scalars=run.engine.scalars()), run.engine.state_pieces(), probe)
+    if is_last:
+        note_safe(run, run.saver.finish(deadline_s))
+
+
+def agree_deadline(run: Run) -> float | None:
+    """Until when a last save may take, as the rank knows it that was asked to stop first. Every rank calls it."""
+    own_s = run.stop.deadline_s(run.config.checkpoint.grace_s)
+    now_s = time.monotonic()
+    rests_ms = run.mesh.control_gather(-1 if own_s is None else max(0, round(1000 * (own_s - now_s))))
+    return min((now_s + rest / 1000 for rest in rests_ms if rest >= 0), default=None)
+
+
+def after_saves(run: Run, error: MegascaleError) -> MegascaleError:
+    """An error that all ranks are about to raise together, once the save under way has come to its end."""
+    with suppress(CheckpointError):
+        run.saver.finish()
+    return error
+
+
+def note_save(run: Run, proceed: Callable[[], int | None]) -> None:
+    """Lets a save under way proceed, and tells the log when it is safe.
+
+    Raises:
+        LeaseLostError, NonFiniteError: always.
+        CheckpointError: the save failed, and `checkpoint.on_save_error` is `stop`.
+    """
     try:
-        save_checkpoint(
-            run.folder, run.record, state, run.engine.state_pieces(), comm=run.mesh,
-            keep_last=run.config.checkpoint.keep_last,
-            check_lease=run.lease.check_held if run.lease else lambda: None,
-        )
+        step = proceed()
     except CheckpointError as error:
-        if run.config.checkpoint.on_save_error == "stop" or is_last or isinstance(error, LeaseLostError):
+        if run.config.checkpoint.on_save_error == "stop" or isinstance(error, LeaseLostError):
             raise
         if run.mesh.rank == 0:
             say(f"warning: {error}. Training goes on; the next save is tried as planned")
-        return saved_step
-    run.logger.commit(state.step)
-    return state.step
+        return
+    if step is not None:
+        note_safe(run, step)
+
+
+def note_safe(run: Run, step: int) -> None:
+    """Tells log and run folder of a checkpoint that is safe."""
+    run.logger.commit(step)
+    if run.mesh.rank == 0:
+        note_saved(run.folder, step)
 
 
 def rate_of(config: RunConfig, derived: Derived, step: int) -> float:
@@ -161,11 +214,11 @@ def check_finite(run: Run, state: RunState, output: StepOutput) -> None:
     policy, limit = run.config.train.on_nonfinite, run.config.train.max_skipped_steps
     what = f"step {state.step + 1}: not finite: {'; '.join(output.faults)}; the update was not applied"
     if policy == "stop":
-        raise NonFiniteError(f"{what} (train.on_nonfinite = stop; `skip` would go on)")
+        raise after_saves(run, NonFiniteError(f"{what} (train.on_nonfinite = stop; `skip` would go on)"))
     if state.skipped_in_a_row + 1 >= limit:
-        raise NonFiniteError(
+        raise after_saves(run, NonFiniteError(
             f"{what}, as in the {state.skipped_in_a_row} steps before (train.max_skipped_steps = {limit})"
-        )
+        ))
     if run.mesh.rank == 0:
         say(f"warning: {what} (train.on_nonfinite = skip)")
 

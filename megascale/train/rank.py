@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m megascale.train.rank CONFIG [--fresh] [a.b=c ...]`, as every launcher starts it."""
+"""One rank of a run: `python -m megascale.train.rank CONFIG [options] [a.b=c ...]`, as every launcher starts it."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ from megascale.parallel.mesh import close_mesh, read_rank_info
 from megascale.train.loop import train
 from megascale.train.setup import set_up
 from megascale.train.signals import StopRequest, stop_when_parent_dies
+from megascale.train.start_options import StartOptions
 
 PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed")
 
@@ -60,14 +61,12 @@ def train_as_rank(arguments: list[str], stop: StopRequest) -> int:
 
 def run_rank(arguments: list[str], stop: StopRequest) -> None:
     """Loads the config, sets the run up, trains, and closes what was opened, in whatever way it ends."""
-    options = {argument for argument in arguments[1:] if argument.startswith("--")}
+    options = StartOptions.from_arguments(arguments[1:])
     overrides = [argument for argument in arguments[1:] if not argument.startswith("--")]
     config = load_config(Path(arguments[0]), overrides)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with ExitStack() as at_end:
-        run = set_up(
-            config, arguments[0], read_rank_info(dict(os.environ)), stop, at_end, is_fresh="--fresh" in options
-        )
+        run = set_up(config, arguments[0], read_rank_info(dict(os.environ)), stop, at_end, options)
         status = "failed"
         try:
             train(run)

@@ -2,15 +2,15 @@
 
 import secrets
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from megascale.checkpoint.comm import run_on_rank_zero
-from megascale.checkpoint.files import read_bounded
+from megascale.checkpoint.comm import Comm, run_on_rank_zero
 from megascale.checkpoint.folders import set_aside
 from megascale.checkpoint.index import RunRecord
 from megascale.checkpoint.lease import RunLease
-from megascale.checkpoint.records import parse_record, to_json
+from megascale.checkpoint.records import to_json
+from megascale.checkpoint.run_file import RUN_FILE, SAVED_FILE, RunFile, read_run_file
 from megascale.config.dump import to_yaml
 from megascale.errors import CheckpointError
 from megascale.observe.run_files import (
@@ -23,30 +23,22 @@ from megascale.observe.run_files import (
     SKIPS_FILE,
     write_atomically,
 )
-from megascale.parallel.mesh import Mesh
 
-RUN_FILE = "run.json"
 TOKENIZER_FILE = "tokenizer.json"
-OWN_FILES = (RUN_FILE, METRICS_FILE, SESSIONS_FILE, SKIPS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE, "wandb")
+OWN_FILES = (
+    RUN_FILE, SAVED_FILE, METRICS_FILE, SESSIONS_FILE, SKIPS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE, "wandb",
+)
 """What belongs to one run and not to the folder."""
-MAX_RUN_FILE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class RunFile:
-    """What `run.json` says: the id that ties checkpoints to this run, and the token that ends a text."""
-
-    run_id: str
-    eos_id: int
 
 
 def claim_run_folder(
-    folder: Path, mesh: Mesh, record: RunRecord, eos_id: int, is_fresh: bool
+    folder: Path, comm: Comm, record: RunRecord, eos_id: int, url: str | None, is_fresh: bool
 ) -> tuple[RunRecord, RunLease | None]:
     """Takes the run folder for this job and gives the record the folder's run id, or a new one. Every rank calls it.
 
     Args:
         eos_id: the token that ends a text, kept for those who generate text from the run.
+        url: of the object store that checkpoints go to, None for the run folder itself.
         is_fresh: set the run that the folder holds aside, its checkpoints and metrics included.
 
     Returns:
@@ -56,21 +48,16 @@ def claim_run_folder(
         CheckpointError: the folder is in use, can't be written, or isn't shared by all ranks.
     """
     leases: list[RunLease] = []
-    run_on_rank_zero(mesh, lambda: leases.append(_take(folder, eos_id, is_fresh)))
+    run_on_rank_zero(comm, lambda: leases.append(_take(folder, eos_id, url, is_fresh)))
     run_file = read_run_file(folder)
-    if not mesh.all_true(run_file is not None):
+    if run_file is not None and run_file.url != url:
+        raise CheckpointError(
+            f"{folder / RUN_FILE}: this run's checkpoints go to {run_file.url or 'its own folder'}, but"
+            f" checkpoint.url = {url}; put it back, or begin a run of its own with --fork"
+        )
+    if not all(comm.control_gather(int(run_file is not None))):
         raise CheckpointError(f"{folder / RUN_FILE}: rank 0 wrote it, another rank can't read it; all must share it")
     return replace(record, run_id=run_file.run_id), leases[0] if leases else None
-
-
-def read_run_file(folder: Path) -> RunFile | None:
-    """Which run a folder holds, None when it holds none.
-
-    Raises:
-        CheckpointError: it can't be told.
-    """
-    text = read_bounded(folder / RUN_FILE, MAX_RUN_FILE_BYTES)
-    return parse_record(RunFile, text, folder / RUN_FILE) if text is not None else None
 
 
 def read_git_commit() -> str | None:
@@ -90,7 +77,7 @@ def describe_run_folder(folder: Path, record: RunRecord, tokenizer: bytes) -> No
     write_atomically(folder / TOKENIZER_FILE, tokenizer)
 
 
-def _take(folder: Path, eos_id: int, is_fresh: bool) -> RunLease:
+def _take(folder: Path, eos_id: int, url: str | None, is_fresh: bool) -> RunLease:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,6 +86,6 @@ def _take(folder: Path, eos_id: int, is_fresh: bool) -> RunLease:
     if is_fresh:
         set_aside(folder, OWN_FILES)
     if read_run_file(folder) is None:
-        made = RunFile(run_id=secrets.token_hex(8), eos_id=eos_id)
+        made = RunFile(run_id=secrets.token_hex(8), eos_id=eos_id, url=url)
         write_atomically(folder / RUN_FILE, to_json(asdict(made)))
     return lease

@@ -4,20 +4,24 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megascale.checkpoint.comm import run_on_rank_zero
-from megascale.checkpoint.compare import check_same_run
-from megascale.checkpoint.find import VerifiedCheckpoint, find_checkpoint
+from megascale.checkpoint.find import VerifiedCheckpoint
+from megascale.checkpoint.fork import check_not_itself, describe_turn, open_fork, parse_fork
 from megascale.checkpoint.index import RunRecord, code_versions
 from megascale.checkpoint.lease import RunLease
 from megascale.checkpoint.load import load_pieces
+from megascale.checkpoint.retention import Retention
+from megascale.checkpoint.run_file import open_run_store
+from megascale.checkpoint.save import Saver, build_writer
 from megascale.checkpoint.state import RunState
+from megascale.checkpoint.store import Store
 from megascale.config.derive import Derived, derive, describe
-from megascale.config.dump import config_fingerprint, keeps_maths, resolved_values
+from megascale.config.dump import config_fingerprint, resolved_values
 from megascale.config.schema import RunConfig
 from megascale.data.loader import Loader
 from megascale.data.manifest import read_tokenizer
@@ -36,8 +40,11 @@ from megascale.observe.throughput import StepTimer
 from megascale.parallel.layout import AXES
 from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
 from megascale.train.build import build_run_engine, layout_of
+from megascale.train.origin import Origin, find_origin
+from megascale.train.probe import Probe, check_probe, read_probe
 from megascale.train.run_folder import claim_run_folder, describe_run_folder, read_git_commit
 from megascale.train.signals import StopRequest
+from megascale.train.start_options import StartOptions
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,10 @@ class Run:
 
     Attributes:
         start: the state that this session begins with.
-        saved_step: step of the checkpoint that it came from, None for a fresh start.
         record: what every checkpoint says about the run.
         validation: the corpora that have a validation split.
+        saver: saves checkpoints.
+        probe: what is evaluated for each checkpoint; None when none is wanted.
     """
 
     config: RunConfig
@@ -59,12 +67,12 @@ class Run:
     validation: tuple[Corpus, ...]
     engine: Engine
     start: RunState
-    saved_step: int | None
+    saver: Saver
     record: RunRecord
-    lease: RunLease | None
     logger: Logger
     timer: StepTimer
     stop: StopRequest
+    probe: Probe | None
 
     @property
     def corpus_names(self) -> list[str]:
@@ -73,9 +81,10 @@ class Run:
 
 
 def set_up(
-    config: RunConfig, source: str, info: RankInfo, stop: StopRequest, at_end: ExitStack, *, is_fresh: bool
+    config: RunConfig, source: str, info: RankInfo, stop: StopRequest, at_end: ExitStack, options: StartOptions
 ) -> Run:
-    """Builds a run on this rank, resumed from its newest whole checkpoint when there is one. Every rank calls it.
+    """Builds a run on this rank, resumed from its newest whole checkpoint when there is one, else begun from that of
+    the run that it forks. Every rank calls it.
 
     Args:
         source: file that the config came from, for messages.
@@ -88,6 +97,9 @@ def set_up(
     stream, validation = open_stream(config, derived), open_validation(config)
     plan = describe_plan(plan_stream(config, derived, stream))
     folder, manifest = Path(config.run.folder), stream.corpora[0].manifest
+    fork = parse_fork(options.fork) if options.fork else None
+    if fork is not None:
+        check_not_itself(fork, folder)
 
     mesh = build_mesh(layout_of(config, derived), info)
     loader = Loader(
@@ -95,24 +107,29 @@ def set_up(
         is_pinned=mesh.device.type == "cuda",
     )
     at_end.callback(close_stores, [*stream.corpora, *validation])
-    record = _describe_run(config, stream, validation, read_git_commit() if mesh.rank == 0 else None)
-    record, lease = claim_run_folder(folder, mesh, record, manifest.eos_id, is_fresh)
-    if lease:
+    record = describe_run(config, stream, validation, read_git_commit() if mesh.rank == 0 else None)
+    if fork is not None and options.is_fresh:
+        open_fork(fork, record.run_id, mesh)  # before a run is set aside for one that can't begin
+    record, lease = claim_run_folder(
+        folder, mesh, record, manifest.eos_id, config.checkpoint.url, options.is_fresh
+    )
+    if lease is not None:
         at_end.callback(lease.release)
-    checkpoint = find_checkpoint(folder, run_id=record.run_id, comm=mesh)
-    if checkpoint is not None:
-        changes = check_same_run(checkpoint.index, record, keeps_maths)
-        for change in changes if mesh.rank == 0 else ():
-            say(f"changed since the checkpoint, without effect on what is computed: {change}")
+    store = open_run_store(folder, config.checkpoint.url, record.run_id)
+    origin = find_origin(store, record, derived.batches, mesh, fork, options.allowed)
+    record, checkpoint = replace(record, lineage=origin.lineage), origin.checkpoint
     access = access_of(config.data)
     run_on_rank_zero(mesh, lambda: describe_run_folder(folder, record, read_tokenizer(manifest, access)))
 
     engine = build_run_engine(config, mesh)
-    start = _load_state(checkpoint, engine, mesh)
-    logger, timer = _build_observers(config, derived, plan, folder, mesh, start, checkpoint, record.code)
+    start = _load_state(origin, engine, mesh)
+    probe = _prepare_probe(config, record, checkpoint, stream, validation, engine, mesh)
+    saver = _build_saver(config, store, record, mesh, lease, origin.saved_step)
+    at_end.callback(saver.close)
+    logger, timer = _build_observers(config, derived, plan, folder, mesh, start, origin, record.code)
     return Run(
-        config, derived, folder, mesh, loader, validation, engine, start,
-        start.step if checkpoint else None, record, lease, logger, timer, stop,
+        config, derived, folder, mesh, loader, validation, engine, start, saver, record, logger, timer, stop,
+        probe,
     )
 
 
@@ -122,7 +139,7 @@ def close_stores(corpora: Sequence[Corpus]) -> None:
         corpus.store.close()
 
 
-def _describe_run(
+def describe_run(
     config: RunConfig, stream: Stream, validation: Sequence[Corpus], git_commit: str | None
 ) -> RunRecord:
     """What the run is; `claim_run_folder` fills in which."""
@@ -134,21 +151,49 @@ def _describe_run(
         stream=stream.describe(),
         validation={corpus.name: corpus.manifest.fingerprint for corpus in validation},
         code=code_versions(git_commit),
+        lineage=(),
     )
 
 
-def _load_state(checkpoint: VerifiedCheckpoint | None, engine: Engine, mesh: Mesh) -> RunState:
-    if checkpoint is None:
+def _load_state(origin: Origin, engine: Engine, mesh: Mesh) -> RunState:
+    if origin.checkpoint is None:
         return RunState.at_start(wandb_run_id=secrets.token_hex(8))
-    load_pieces(checkpoint, engine.state_pieces(), comm=mesh)
-    state = checkpoint.index.state
+    load_pieces(origin.checkpoint, engine.state_pieces(), comm=mesh)
+    state = origin.checkpoint.index.state
     engine.restore_scalars(state.optimizer_scalars)
-    return state
+    return replace(state, wandb_run_id=secrets.token_hex(8)) if origin.is_fork else state
+
+
+def _prepare_probe(
+    config: RunConfig, record: RunRecord, checkpoint: VerifiedCheckpoint | None, stream: Stream,
+    validation: Sequence[Corpus], engine: Engine, mesh: Mesh,
+) -> Probe | None:
+    """The batch of later checkpoints; the one of the checkpoint that was loaded must have its loss still."""
+    if not config.checkpoint.probe:
+        return None
+    micro_rows, dtype = config.train.micro_batch_size, config.precision.dtype
+    if checkpoint is not None:
+        found = check_probe(checkpoint, record.config, stream.objective, micro_rows, engine, mesh, dtype)
+        if found and mesh.rank == 0:
+            say(found)
+    return read_probe(validation[0], stream.objective, micro_rows)
+
+
+def _build_saver(
+    config: RunConfig, store: Store, record: RunRecord, mesh: Mesh, lease: RunLease | None, saved_step: int | None
+) -> Saver:
+    policy = config.checkpoint
+    return Saver(
+        store, record, comm=mesh,
+        retention=Retention(policy.keep_last, policy.keep_every_steps, policy.keep_best),
+        writer=build_writer(policy.asynchronous, mesh.device),
+        claim=lease.claim if lease else None, read_back=policy.read_back, saved_step=saved_step,
+    )
 
 
 def _build_observers(
     config: RunConfig, derived: Derived, plan: list[tuple[str, str]], folder: Path, mesh: Mesh, start: RunState,
-    checkpoint: VerifiedCheckpoint | None, code: dict[str, str],
+    origin: Origin, code: dict[str, str],
 ) -> tuple[Logger, StepTimer]:
     """The logs, on rank 0 only, and the timer."""
     device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
@@ -161,10 +206,10 @@ def _build_observers(
     facts = dict(describe(config, derived)) | {"parameters": f"{num_parameters(config.model):,}"}
     for name, value in [*facts.items(), *plan]:
         say(f"{name:>18}  {value}")
-    if checkpoint is not None:
+    if (checkpoint := origin.checkpoint) is not None:
         for reason in checkpoint.rejected:
             say(f"warning: passed over a damaged checkpoint: {reason}")
-        say(f"resuming from {checkpoint.path} at step {start.step}")
+        say(f"{'a new run, forked' if origin.is_fork else 'resuming'} from {checkpoint.path} at step {start.step}")
     append_session(folder, Session(
         unix_s=time.time(),
         resumed_step=start.step,
@@ -172,6 +217,7 @@ def _build_observers(
         layout={axis: getattr(mesh.layout, axis) for axis in AXES} | {"zero_stage": config.parallel.zero_stage},
         versions={package: version for package, version in code.items() if package != "git_commit"},
         git_commit=code.get("git_commit"),
+        news=describe_turn(origin.news) if origin.news else "",
         facts=facts | {"reading": "; ".join(f"{name.strip()} {text}" for name, text in plan)},
     ))
     logger = build_logger(

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     {"launcher"},
     {"data_tools"},
+    {"megascale.export"},
     {"megascale.train"},
     {"megascale.checkpoint"},
     {"megascale.engine"},

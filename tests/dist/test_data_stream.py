@@ -12,6 +12,7 @@ import pytest
 
 from launcher.local import run_local
 from megascale.checkpoint.find import peek_checkpoint
+from megascale.checkpoint.local_store import LocalStore
 from megascale.checkpoint.state import RunState
 from megascale.errors import RankFailedError
 from tests.support.corpus import make_corpus
@@ -39,7 +40,7 @@ def train(folder: Path, name: str, num_ranks: int, *overrides: str) -> Path:
 
 
 def state_of(run: Path) -> RunState:
-    return peek_checkpoint(run).index.state
+    return peek_checkpoint(LocalStore(run)).index.state
 
 
 def losses(run: Path) -> dict[tuple, float]:

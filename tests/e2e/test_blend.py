@@ -12,6 +12,7 @@ import pytest
 
 from launcher.local import run_local
 from megascale.checkpoint.find import peek_checkpoint
+from megascale.checkpoint.local_store import LocalStore
 from megascale.config.derive import derive
 from megascale.config.load import load_config
 from megascale.data.ledger import count_rows
@@ -43,7 +44,7 @@ def whole(folder):
 
 
 def state_of(run):
-    return peek_checkpoint(run).index.state
+    return peek_checkpoint(LocalStore(run)).index.state
 
 
 def test_a_mixture_changed_mid_way_and_two_kills(folder, whole, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megascale.checkpoint.find import peek_checkpoint
+from megascale.checkpoint.local_store import LocalStore
 from megascale.config.data import ONLY_CORPUS
 from tests.support.corpus import make_text
 from tests.support.tiny_run import curve, megascale, read_metrics
@@ -85,7 +86,7 @@ def test_text_baselines_and_report_come_from_the_run_alone(trained):
 
 def test_the_checkpoint_says_what_it_is(trained):
     folder, _ = trained
-    index = peek_checkpoint(folder / "run").index
+    index = peek_checkpoint(LocalStore(folder / "run")).index
     assert index.state.step == 6
     assert index.state.rows == 6 * 8
     assert index.run.config["model"]["num_kv_heads"] == 2

@@ -17,6 +17,7 @@ from megascale.checkpoint.comm import LocalComm
 from megascale.checkpoint.find import find_checkpoint
 from megascale.checkpoint.folders import list_steps
 from megascale.checkpoint.load import load_pieces
+from megascale.checkpoint.local_store import LocalStore
 from megascale.errors import CheckpointError, SaveError
 from tests.support.checkpoint_ranks import PeerGoneError, cut_flat, equal_bits, make_tensors, save_all, zeros_like
 from tests.support.file_faults import FileCalls, Killed, after_half, fail_with, run_forked, watched_files
@@ -48,7 +49,7 @@ def count_calls(before, folder, rank=None):
 
 def check_old_or_new_is_whole(folder):
     """What a restarted job does: find, load, go on and save again."""
-    found = find_checkpoint(folder, run_id="run-a", comm=LocalComm())
+    found = find_checkpoint(LocalStore(folder), run_id="run-a", comm=LocalComm())
     step = found.index.state.step
     assert step in (3, 6)
     assert found.rejected == ()
@@ -134,12 +135,12 @@ def test_a_full_file_system(before, tmp_path):
         small = cut_flat(make_tensors({"master/a": (20, 20)}), [100_000])
         assert "the disk is too full" in str(save_all(mount, 3, small)[0])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megascale.checkpoint.save.free_bytes", lambda folder: 2**40)
+            patch.setattr("megascale.checkpoint.local_store.free_bytes", lambda folder: 2**40)
             save_all(mount, 3, small)
             outcomes = save_all(mount, 6, big)
         assert [type(outcome) for outcome in outcomes] == [SaveError] * 2
         assert "No space left on device" in str(outcomes[0])
-        assert find_checkpoint(mount, run_id="run-a", comm=LocalComm()).index.state.step == 3
+        assert find_checkpoint(LocalStore(mount), run_id="run-a", comm=LocalComm()).index.state.step == 3
         assert os.listdir(mount / "checkpoints") == ["step_00000003"]
     finally:
         os.spawnvp(os.P_WAIT, "umount", ["umount", str(mount)])

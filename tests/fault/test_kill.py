@@ -19,13 +19,14 @@ MODULE = "tests.fault.programs.faulty_rank"
 ROWS_PER_STEP, NUM_STEPS = 8, 12
 
 KILLS = [
-    (1, 0, "forward"), (0, 2, "backward"), (1, 5, "reduce"), (0, 7, "update"), (1, 8, "save"), (0, 11, "log"),
+    (1, 0, "forward"), (0, 2, "backward"), (1, 5, "reduce"), (0, 7, "update"), (1, 8, "save"), (0, 8, "staged"),
+    (0, 11, "log"),
 ]
 MORE_KILLS = [
     (rank, step, phase)
     for phase, steps in {
         "forward": (4, 10), "backward": (6,), "reduce": (0, 9), "update": (3, 11), "evaluate": (3, 7), "save": (2, 5),
-        "log": (1, 6),
+        "log": (1, 6), "staged": (2, 5),
     }.items()
     for step in steps
     for rank in (0, 1)
@@ -40,7 +41,8 @@ def run(config: Path, ledger: Path, monkeypatch, kill=None) -> None:
     path.write_text(json.dumps(plan))
     monkeypatch.setenv("MEGASCALE_TEST_PLAN", str(path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    run_local([str(config)], 2, MODULE)
+    in_rank = kill is not None and kill[2] in ("save", "commit")  # otherwise a process beside the rank does these
+    run_local([str(config), *(["checkpoint.asynchronous=false"] if in_rank else [])], 2, MODULE)
 
 
 def read_ledger(ledger: Path) -> dict[int, dict]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from megascale.checkpoint.index import RunRecord, code_versions
+from megascale.checkpoint.index import Change, LineageRecord, RunRecord, code_versions
+from megascale.checkpoint.local_store import LocalStore
+from megascale.checkpoint.retention import Retention
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.data.ledger import ReadCounts
@@ -25,6 +27,7 @@ STREAM = StreamRecord(
 RUN = RunRecord(
     run_id="run-a", config={"model": {"num_layers": 2, "rope_base": 1e4}, "train": {"max_steps": 9}},
     config_fingerprint="c0ffee", stream=STREAM, validation={"code": "d3", "web": "d4"}, code=code_versions("abc"),
+    lineage=(LineageRecord("fork", 2, "runs/b", "run-b", (Change("optimizer.learning_rate", 0.1, 0.2),)),),
 )
 
 
@@ -48,6 +51,10 @@ class ThreadComm:
         except threading.BrokenBarrierError:
             raise PeerGoneError from None
         return gathered
+
+    def control_sum(self, values: list[int]) -> list[int]:
+        columns = [sum(self.control_gather(value)) for value in values]
+        return [(total + 2**63) % 2**64 - 2**63 for total in columns]
 
     def die(self) -> None:
         """Makes the other ranks' collectives fail, as a closed connection does."""
@@ -137,5 +144,5 @@ def save_all(
 ) -> list:
     """Saves with one thread a rank; gives each rank's path or exception."""
     return run_ranks(len(ranks), lambda comm: save_checkpoint(
-        run_folder, run, state_at(step), ranks[comm.rank], comm=comm, keep_last=keep_last,
+        LocalStore(run_folder), run, state_at(step), ranks[comm.rank], comm=comm, retention=Retention(keep_last),
     ))

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megascale.checkpoint.comm import LocalComm
+from megascale.checkpoint.local_store import LocalStore
+from megascale.checkpoint.records import to_json
+from megascale.checkpoint.retention import Retention
+from megascale.checkpoint.run_file import RUN_FILE, RunFile
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.config.derive import derive
@@ -37,6 +41,7 @@ def make_past_run(folder: Path, config: RunConfig, sessions: list[PastSession]) 
         tokens_BT of all rows by (step as the log numbers it, replica), as the session that ran the step last read them.
     """
     folder.mkdir(parents=True)
+    (folder / RUN_FILE).write_bytes(to_json(asdict(RunFile(RUN.run_id, eos_id=0, url=None))))
     (folder / "config.yaml").write_text(to_yaml(resolved_values(config)))
     states, read = {0: RunState.at_start()}, {}
     for session in sessions:
@@ -67,4 +72,4 @@ def save_state(folder: Path, state: RunState) -> None:
     """Saves a checkpoint of a state, with one small tensor."""
     (tensor,) = make_tensors({"master/a": (3,)}).values()
     piece = make_piece("master/a", tensor, Box((0,), (3,)))
-    save_checkpoint(folder, RUN, state, [piece], comm=LocalComm(), keep_last=9)
+    save_checkpoint(LocalStore(folder), RUN, state, [piece], comm=LocalComm(), retention=Retention(9))

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from megascale.checkpoint.comm import LocalComm
-from megascale.checkpoint.find import DamagedCheckpointError, find_checkpoint, peek_checkpoint, verify_checkpoint
+from megascale.checkpoint.files import hash_file
+from megascale.checkpoint.find import DamagedCheckpointError, find_checkpoint, peek_checkpoint
 from megascale.checkpoint.folders import checkpoint_path, list_steps, set_aside
+from megascale.checkpoint.local_store import LocalStore
 from megascale.errors import CheckpointError
 from tests.support.checkpoint_ranks import RUN, cut_flat, make_tensors, run_ranks, save_all
 
@@ -16,7 +18,7 @@ RANKS = cut_flat(make_tensors({"master/a": (7, 5), "exp_avg/a": (7, 5)}), [500_0
 
 
 def find(run_folder, run_id="run-a"):
-    return find_checkpoint(run_folder, run_id=run_id, comm=LocalComm())
+    return find_checkpoint(LocalStore(run_folder), run_id=run_id, comm=LocalComm())
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(run_folder):
 def test_ranks_share_the_files_and_agree(run_folder, world_size):
     """The damaged file is in one rank's share only, yet all fall back; without the gather, one rank would resume 6."""
     (checkpoint_path(run_folder, 6) / "rank_00001.safetensors").write_bytes(b"x")
-    found = run_ranks(world_size, lambda comm: find_checkpoint(run_folder, run_id="run-a", comm=comm))
+    found = run_ranks(world_size, lambda comm: find_checkpoint(LocalStore(run_folder), run_id="run-a", comm=comm))
     assert [one.index.state.step for one in found] == [3] * world_size
     assert all(one.rejected == found[0].rejected for one in found)
 
@@ -104,12 +106,12 @@ def test_peeking_changes_nothing_and_says_what_is_wrong(run_folder):
     (checkpoint_path(run_folder, 6) / "rank_00001.safetensors").unlink()
     (run_folder / "checkpoints" / "step_00000009.tmp-1").mkdir()
     before = sorted(path.relative_to(run_folder) for path in run_folder.rglob("*"))
-    assert peek_checkpoint(run_folder).index.state.step == 3
-    assert peek_checkpoint(run_folder, step=3).index.state.step == 3
+    assert peek_checkpoint(LocalStore(run_folder)).index.state.step == 3
+    assert peek_checkpoint(LocalStore(run_folder), step=3).index.state.step == 3
     with pytest.raises(CheckpointError, match=r"whole checkpoint of step 6; steps 3, 6 are there(?s:.)*no such file"):
-        peek_checkpoint(run_folder, step=6)
+        peek_checkpoint(LocalStore(run_folder), step=6)
     with pytest.raises(CheckpointError, match="there is none at all"):
-        peek_checkpoint(run_folder / "elsewhere")
+        peek_checkpoint(LocalStore(run_folder / "elsewhere"))
     assert sorted(path.relative_to(run_folder) for path in run_folder.rglob("*")) == before
 
 
@@ -118,7 +120,7 @@ def test_a_file_that_may_not_be_read_is_no_damage(run_folder, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("megascale.checkpoint.find.hash_file", denied)
+    monkeypatch.setattr("megascale.checkpoint.local_store.hash_file", denied)
     with pytest.raises(CheckpointError, match="Permission denied") as refused:
         find(run_folder)
     assert not isinstance(refused.value, DamagedCheckpointError)
@@ -126,12 +128,12 @@ def test_a_file_that_may_not_be_read_is_no_damage(run_folder, monkeypatch):
 
 
 def test_a_file_that_the_disk_can_not_read_is_damage(run_folder, monkeypatch):
-    real = verify_checkpoint.__globals__["hash_file"]
+    real = hash_file
 
     def broken(path):
         if "step_00000006" in str(path):
             raise OSError(5, "Input/output error", str(path))
         return real(path)
 
-    monkeypatch.setattr("megascale.checkpoint.find.hash_file", broken)
+    monkeypatch.setattr("megascale.checkpoint.local_store.hash_file", broken)
     assert find(run_folder).index.state.step == 3

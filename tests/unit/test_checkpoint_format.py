@@ -8,7 +8,17 @@ from pathlib import Path
 
 from megascale.checkpoint.files import FileRecord
 from megascale.checkpoint.folders import checkpoint_path
-from megascale.checkpoint.index import MAX_DIMS, MAX_JSON_BYTES, CheckpointIndex, RunRecord, SliceRecord, TensorRecord
+from megascale.checkpoint.index import (
+    MAX_DIMS,
+    MAX_JSON_BYTES,
+    Change,
+    CheckpointIndex,
+    LineageRecord,
+    ProbeRecord,
+    RunRecord,
+    SliceRecord,
+    TensorRecord,
+)
 from megascale.checkpoint.state import RunState
 from tests.support.checkpoint_ranks import cut_flat, make_tensors, save_all
 
@@ -30,7 +40,7 @@ def test_the_reader_of_the_document_reads_a_checkpoint(tmp_path):
 def test_the_document_names_every_field():
     prefixes = {
         CheckpointIndex: "", RunRecord: "run.", RunState: "state.", FileRecord: "", TensorRecord: "",
-        SliceRecord: "slices[].",
+        SliceRecord: "slices[].", LineageRecord: "run.lineage[].", Change: "run.lineage[].changes[].", ProbeRecord: "",
     }
     for record, prefix in prefixes.items():
         for field in dataclasses.fields(record):

@@ -6,8 +6,10 @@ from dataclasses import asdict
 
 import pytest
 
+from megascale.checkpoint.find import read_stored_index
 from megascale.checkpoint.folders import checkpoint_path
-from megascale.checkpoint.index import CheckpointIndex, code_versions, read_index
+from megascale.checkpoint.index import CheckpointIndex, code_versions
+from megascale.checkpoint.local_store import LocalStore
 from megascale.checkpoint.records import parse_record, to_json
 from megascale.errors import CheckpointError
 from tests.support.checkpoint_ranks import cut_flat, make_tensors, save_all
@@ -29,7 +31,7 @@ def values(written):
 
 
 def test_an_index_reads_back_as_it_was_written(written, values):
-    index = read_index(written)
+    index = read_stored_index(LocalStore(written.parents[1]), 3)
     assert to_json(asdict(index)) == to_json(values)
     assert index.state.step == 3
     assert index.tensors[KEY].shape == (4, 6)

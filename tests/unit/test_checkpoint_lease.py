@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from megascale.checkpoint.lease import LEASE_NAME, RunLease
+from megascale.checkpoint.lease import LEASE_NAME, RunLease, check_claim
 from megascale.errors import CheckpointError
 
 HOLDER = """
@@ -48,7 +48,7 @@ def test_death_gives_the_folder_back_at_once(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with RunLease.take(tmp_path, stale_s=30.0) as lease:
-        lease.check_held()
+        check_claim(lease.claim)
         assert json.loads((tmp_path / LEASE_NAME).read_text())["pid"] == os.getpid()
 
 
@@ -84,7 +84,7 @@ def test_a_beating_holder_on_another_machine_is_not(tmp_path):
 
 
 def test_a_holder_that_was_replaced_notices_and_stops_beating(tmp_path):
-    """A job that was frozen while another took its folder must not commit; `check_held` says so."""
+    """A job that was frozen while another took its folder must not commit; `check_claim` says so."""
     path = tmp_path / LEASE_NAME
     lease = RunLease.take(tmp_path, heartbeat_s=0.05)
     before = path.stat().st_mtime_ns
@@ -96,7 +96,7 @@ def test_a_holder_that_was_replaced_notices_and_stops_beating(tmp_path):
     time.sleep(0.2)
     assert path.stat().st_mtime_ns == stopped
     with pytest.raises(CheckpointError, match="on node7"):
-        lease.check_held()
+        check_claim(lease.claim)
     lease.release()
     assert "node7" in path.read_text()
 
@@ -112,7 +112,7 @@ def test_without_locks_the_heartbeat_alone_decides(tmp_path, monkeypatch):
     lease = RunLease.take(tmp_path, heartbeat_s=60.0)
     RunLease.take(tmp_path, stale_s=0.2).release()
     with pytest.raises(CheckpointError, match="is in use by another process"):
-        lease.check_held()
+        check_claim(lease.claim)
     lease.release()
 
 

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from megascale.checkpoint.comm import LocalComm
 from megascale.checkpoint.find import find_checkpoint, peek_checkpoint, verify_checkpoint
 from megascale.checkpoint.folders import checkpoint_path, list_steps
+from megascale.checkpoint.lease import LeaseClaim
 from megascale.checkpoint.load import fill_pieces, load_pieces
+from megascale.checkpoint.local_store import LocalStore
+from megascale.checkpoint.retention import Retention
 from megascale.checkpoint.save import save_checkpoint
 from megascale.errors import CheckpointError, LeaseLostError, NonFiniteError
 from tests.support.checkpoint_ranks import (
@@ -53,13 +56,13 @@ def test_any_layout_loads_what_any_other_saved(shapes, saved_as, loaded_as, seed
         save_all(Path(folder), 1, lay_out(tensors, saved_as))
         wanted = lay_out(tensors, loaded_as)
         loaded = zeros_like(wanted)
-        assert load_all(verify_checkpoint(checkpoint_path(Path(folder), 1)), loaded) == [None] * len(loaded)
+        assert load_all(verify_checkpoint(LocalStore(Path(folder)), 1), loaded) == [None] * len(loaded)
     assert equal_bits(loaded, wanted)
 
 
 def test_the_checkpoint_carries_state_and_run(tmp_path):
     save_all(tmp_path, 6, cut_flat(make_tensors(SHAPES), [500_000]))
-    found = find_checkpoint(tmp_path, run_id="run-a", comm=LocalComm())
+    found = find_checkpoint(LocalStore(tmp_path), run_id="run-a", comm=LocalComm())
     assert (found.index.state, found.index.run, found.rejected) == (state_at(6), RUN, ())
 
 
@@ -78,9 +81,9 @@ def test_only_owned_pieces_are_written_and_all_are_filled(tmp_path):
     mine, = cut_flat(tensors, [])
     copies = [type(piece)(piece.key, piece.global_shape, piece.box, piece.tensor, False) for piece in mine]
     save_all(tmp_path, 1, [mine, copies])
-    assert verify_checkpoint(checkpoint_path(tmp_path, 1)).index.files["rank_00001.safetensors"].bytes < 20
+    assert verify_checkpoint(LocalStore(tmp_path), 1).index.files["rank_00001.safetensors"].bytes < 20
     (owned,), (copied,) = zeros_like([mine]), zeros_like([copies])
-    assert load_all(peek_checkpoint(tmp_path), [owned, copied]) == [None, None]
+    assert load_all(peek_checkpoint(LocalStore(tmp_path)), [owned, copied]) == [None, None]
     assert equal_bits([owned, copied], [mine, copies])
 
 
@@ -90,7 +93,7 @@ def test_a_tool_reads_the_pieces_that_it_wants(tmp_path):
     wanted = {key: tensor for key, tensor in tensors.items() if key.startswith("master/")}
     ranks = zeros_like(cut_columns(wanted, 2))
     for pieces in ranks:
-        fill_pieces(peek_checkpoint(tmp_path), pieces)
+        fill_pieces(peek_checkpoint(LocalStore(tmp_path)), pieces)
     assert equal_bits(ranks, cut_columns(wanted, 2))
 
 
@@ -105,7 +108,8 @@ def test_a_tool_reads_the_pieces_that_it_wants(tmp_path):
 def test_a_model_that_does_not_fit_is_refused_by_name_on_every_rank(tmp_path, change, message):
     save_all(tmp_path, 1, cut_flat(make_tensors(SHAPES), [300_000]))
     other = {key: shape for key, shape in {**SHAPES, **change}.items() if shape is not None}
-    outcomes = load_all(peek_checkpoint(tmp_path), zeros_like(cut_flat(make_tensors(other), [300_000, 800_000])))
+    wanted = zeros_like(cut_flat(make_tensors(other), [300_000, 800_000]))
+    outcomes = load_all(peek_checkpoint(LocalStore(tmp_path)), wanted)
     assert all(isinstance(outcome, CheckpointError) for outcome in outcomes)
     with pytest.raises(CheckpointError, match=message):
         raise next(outcome for outcome in outcomes if "failed" not in str(outcome))
@@ -144,18 +148,19 @@ def test_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
 
 
 @pytest.mark.parametrize("num_good_checks", [0, 1])
-def test_a_lost_lease_stops_the_save(num_good_checks, tmp_path):
+def test_a_lost_lease_stops_the_save(num_good_checks, tmp_path, monkeypatch):
     """Before anything of the new owner's is touched, and again right before the commit."""
     checks = [None] * num_good_checks + [LeaseLostError("another job holds the run folder")]
 
-    def check_lease():
+    def check_claim(claim):
         if (found := checks.pop(0)) is not None:
             raise found
 
+    monkeypatch.setattr("megascale.checkpoint.persist.check_claim", check_claim)
     with pytest.raises(LeaseLostError, match="another job holds"):
         save_checkpoint(
-            tmp_path, RUN, state_at(1), cut_flat(make_tensors(SHAPES), [])[0],
-            comm=LocalComm(), keep_last=2, check_lease=check_lease,
+            LocalStore(tmp_path), RUN, state_at(1), cut_flat(make_tensors(SHAPES), [])[0],
+            comm=LocalComm(), retention=Retention(2), claim=LeaseClaim("lease.json", None),
         )
     assert not checks
     assert not list(tmp_path.glob("checkpoints/*"))
@@ -163,7 +168,7 @@ def test_a_lost_lease_stops_the_save(num_good_checks, tmp_path):
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     ranks = cut_flat(make_tensors(SHAPES), [500_000])
-    monkeypatch.setattr("megascale.checkpoint.save.free_bytes", lambda folder: 2**20)
+    monkeypatch.setattr("megascale.checkpoint.local_store.free_bytes", lambda folder: 2**20)
     outcomes = save_all(tmp_path, 1, ranks)
     assert all(isinstance(outcome, CheckpointError) for outcome in outcomes)
     assert "step_00000001: not saved: the disk is too full. It needs 2.0 MiB, 1.0 MiB are free" in str(outcomes[0])
@@ -175,5 +180,5 @@ def test_a_write_that_takes_only_a_part_goes_on_with_the_rest(tmp_path, monkeypa
     ranks = cut_flat(make_tensors(SHAPES), [500_000])
     save_all(tmp_path, 1, ranks)
     loaded = zeros_like(ranks)
-    load_all(peek_checkpoint(tmp_path), loaded)
+    load_all(peek_checkpoint(LocalStore(tmp_path)), loaded)
     assert equal_bits(loaded, ranks)

@@ -18,7 +18,8 @@ START = RunState.at_start("run-1")
 counts = st.integers(0, 2**62)
 states = st.builds(
     RunState, step=counts, rows=counts, tokens=counts, skipped_steps=counts, skipped_in_a_row=counts,
-    evaluated_step=counts, ledger=st.dictionaries(st.text(), st.builds(ReadCounts, counts, counts, counts)),
+    evaluated_step=counts, validation_loss=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    ledger=st.dictionaries(st.text(), st.builds(ReadCounts, counts, counts, counts)),
     stream_digest=st.from_regex(r"[0-9a-f]{16}", fullmatch=True), wandb_run_id=st.none() | st.text(),
     optimizer_scalars=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
 )

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.config.derive import derive, describe
-from megascale.config.dump import config_fingerprint, flat_values, json_schema, keeps_maths, resolved_values, to_yaml
+from megascale.config.dump import config_fingerprint, flat_values, json_schema, resolved_values, to_yaml
 from megascale.config.load import load_config, parse_config, read_yaml
+from megascale.config.resume_rules import keeps_maths
 from megascale.errors import ConfigError
 from tests.support.tiny_run import write_config
 

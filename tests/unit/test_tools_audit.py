@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from data_tools.audit import audit_run
-from megascale.checkpoint.folders import checkpoint_path
-from megascale.checkpoint.index import read_index
+from megascale.checkpoint.find import read_stored_index
+from megascale.checkpoint.local_store import LocalStore
 from megascale.data.ledger import ReadCounts
 from megascale.errors import DataError
 from megascale.parallel.layout import Layout
@@ -56,14 +56,14 @@ def test_a_run_that_tells_the_truth(past):
     (lambda counts: replace(counts, masked_rows=1), r"code: 0 masked rows, the ledger says 1"),
 ])
 def test_a_ledger_that_is_one_off(run_folder, change, fault):
-    state = read_index(checkpoint_path(run_folder, LAST_STEP)).state
+    state = read_stored_index(LocalStore(run_folder), LAST_STEP).state
     restate(run_folder, replace(state, ledger=state.ledger | {"code": change(state.ledger["code"])}))
     (found,) = audit_run(run_folder, reads_tokens=False, console=QUIET).faults
     assert_matches(fault, found)
 
 
 def test_a_digest_of_other_tokens_is_seen_by_reading_only(run_folder):
-    state = read_index(checkpoint_path(run_folder, LAST_STEP)).state
+    state = read_stored_index(LocalStore(run_folder), LAST_STEP).state
     restate(run_folder, replace(state, stream_digest=f"{int(state.stream_digest, 16) ^ 1:016x}"))
     assert audit_run(run_folder, reads_tokens=False, console=QUIET).faults == []
     (found,) = audit_run(run_folder, reads_tokens=True, console=QUIET).faults
@@ -71,7 +71,7 @@ def test_a_digest_of_other_tokens_is_seen_by_reading_only(run_folder):
 
 
 def test_a_position_or_a_corpus_that_cannot_be(run_folder):
-    state = read_index(checkpoint_path(run_folder, LAST_STEP)).state
+    state = read_stored_index(LocalStore(run_folder), LAST_STEP).state
     restate(run_folder, replace(state, rows=state.rows - 12, ledger=state.ledger | {"old": ReadCounts(5, 5, 0)}))
     faults = audit_run(run_folder, reads_tokens=False, console=QUIET).faults
     assert len(faults) == 2

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from megascale.checkpoint.retention import Retention
 from megascale.checkpoint.find import find_checkpoint
 from megascale.checkpoint.index import RunRecord
+from megascale.checkpoint.local_store import LocalStore
 from megascale.checkpoint.load import load_pieces
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
@@ -27,7 +29,7 @@ from tests.dist.programs.zero_parity import CLIP, LEARNING_RATE, ROWS, SEQ_LEN, 
 from tests.support.tiny import ODD_GPT2, batch_of_rows, random_rows, share_small_parameters
 
 HALF, STEPS = 4, 8
-RECORD = RunRecord("run", {}, "config", StreamRecord({}, ()), {}, {})
+RECORD = RunRecord("run", {}, "config", StreamRecord({}, ()), {}, {}, ())
 
 
 def new_engine(zero_stage: int, dtype: str, mesh, seed: int, offload: str = "none"):
@@ -61,12 +63,12 @@ def run_case(case: dict, folder: Path, mesh) -> dict:
     outputs = take_steps(first, mesh, 0, HALF)
     state = RunState.at_start()
     state = type(state)(**{**vars(state), "step": HALF, "optimizer_scalars": first.scalars()})
-    save_checkpoint(folder, RECORD, state, first.state_pieces(), comm=mesh, keep_last=1)
+    save_checkpoint(LocalStore(folder), RECORD, state, first.state_pieces(), comm=mesh, retention=Retention(1))
     outputs += take_steps(first, mesh, HALF, STEPS)
 
     second = new_engine(case["resumed_stage"], case["dtype"], mesh, seed=2, offload=case.get("offload", "none"))
     take_steps(second, mesh, STEPS, STEPS + 1)  # whatever it holds by then must be gone after loading
-    found = find_checkpoint(folder, run_id="run", comm=mesh)
+    found = find_checkpoint(LocalStore(folder), run_id="run", comm=mesh)
     load_pieces(found, second.state_pieces(), comm=mesh)
     second.restore_scalars(found.index.state.optimizer_scalars)
     resumed = take_steps(second, mesh, HALF, STEPS)

@@ -45,7 +45,7 @@ def main() -> None:
     pausing(setup, "build_run_engine", "setup", lambda *_, **options: 0)
     pausing(MicroBatchRunner, "run", "forward", lambda runner, micro_batches, step, scale: step)
     pausing(loop, "evaluate", "evaluate", lambda run, step, max_rows: step)
-    pausing(loop, "save_checkpoint", "save", lambda folder, record, state, *_, **options: state.step)
+    pausing(loop, "save", "save", lambda run, state, **options: state.step)
     rank.main(sys.argv[1:])
 
 

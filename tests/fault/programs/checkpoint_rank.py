@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megascale.checkpoint.find import find_checkpoint
 from megascale.checkpoint.load import load_pieces
+from megascale.checkpoint.local_store import LocalStore
+from megascale.checkpoint.retention import Retention
 from megascale.checkpoint.save import save_checkpoint
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, close_mesh, read_rank_info
@@ -24,15 +26,15 @@ def main(run_folder: Path, is_killed: bool) -> None:
     mesh = build_mesh(Layout(pp=1, dp=info.world_size, cp=1, tp=1), info, timeout_s=60)
     tensors = make_tensors(SHAPES)
     mine = cut_flat(tensors, [300_000])[mesh.rank]
-    assert find_checkpoint(run_folder, run_id="run-a", comm=mesh) is None
-    save_checkpoint(run_folder, RUN, state_at(3), mine, comm=mesh, keep_last=1)
+    assert find_checkpoint(LocalStore(run_folder), run_id="run-a", comm=mesh) is None
+    save_checkpoint(LocalStore(run_folder), RUN, state_at(3), mine, comm=mesh, retention=Retention(1))
     wanted = cut_columns(tensors, mesh.world_size)[mesh.rank]
     loaded, = zeros_like([wanted])
-    load_pieces(find_checkpoint(run_folder, run_id="run-a", comm=mesh), loaded, comm=mesh)
+    load_pieces(find_checkpoint(LocalStore(run_folder), run_id="run-a", comm=mesh), loaded, comm=mesh)
     assert equal_bits([loaded], [wanted])
     calls = FileCalls(2 if is_killed and mesh.rank == 1 else 0, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with watched_files(calls):
-        save_checkpoint(run_folder, RUN, state_at(6), mine, comm=mesh, keep_last=1)
+        save_checkpoint(LocalStore(run_folder), RUN, state_at(6), mine, comm=mesh, retention=Retention(1))
     close_mesh()
 
 

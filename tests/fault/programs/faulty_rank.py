@@ -1,7 +1,7 @@
 """A rank that keeps a ledger of what it trained on and dies at a chosen place.
 
 The file named by MEGASCALE_TEST_PLAN holds JSON: {"ledger": folder, "rank": r, "step": k, "phase": name}; without
-"phase" nothing happens to it. Phases: forward, backward, reduce, update, evaluate, save, log, commit.
+"phase" nothing happens to it. Phases: forward, backward, reduce, update, evaluate, save, commit, staged, log.
 """
 
 import json
@@ -10,7 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from megascale.checkpoint import save as save_module
+from megascale.checkpoint import writer
+from megascale.checkpoint.save import Saver
 from megascale.engine import zero01
 from megascale.engine.flat_zero import FlatZeroOptimizer
 from megascale.engine.micro_batches import MicroBatchRunner
@@ -66,8 +67,9 @@ def main() -> int:
     dying(FlatZeroOptimizer, "reduce_gradients", "reduce", after=True)
     dying(FlatZeroOptimizer, "update_lp_params", "update")
     dying(zero01.WholeGradientEngine, "evaluate", "evaluate")
-    dying(save_module, "_write_rank", "save", after=True)
-    dying(save_module, "_commit", "commit")
+    dying(writer, "write_part", "save", after=True)  # in the rank itself, with checkpoint.asynchronous=false
+    dying(writer, "commit", "commit")
+    dying(Saver, "start", "staged", after=True)
     dying(Logger, "log_train", "log")
     return rank.main(sys.argv[1:])
 

@@ -1,0 +1,157 @@
+"""Which keys of a config may differ when a run goes on from a checkpoint, which on request, which never. Pure."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from megascale.config.schema import RunConfig
+from megascale.errors import ConfigError
+
+
+class ChangeKind(StrEnum):
+    """What a change does to a run that goes on with it."""
+
+    SAFE = "safe"
+    MATHS = "changes the math"
+    FORBIDDEN = "forbidden"
+
+
+SAFE_KEYS = (
+    "run.name",
+    "run.folder",
+    "data.folder",
+    "data.corpora",
+    "data.corpora.",
+    "data.stages",
+    "data.horizon_steps",
+    "data.store",
+    "data.cache.",
+    "data.fetch_attempts",
+    "data.fetch_timeout_s",
+    "data.allow_commands",
+    "data.on_bad_shard",
+    "data.max_masked_rows",
+    "train.micro_batch_size",
+    "train.max_steps",
+    "train.recompute",
+    "train.recompute_parts",
+    "train.recompute_every",
+    "train.offload_activations",
+    "train.compile",
+    "train.on_nonfinite",
+    "train.max_skipped_steps",
+    "parallel.",
+    "evaluate.",
+    "checkpoint.",
+    "observe.",
+)
+"""Keys (a dot at the end: whole sections) that set where a run lives, how it is laid out and what is logged, never what
+is computed. Corpora and their mixture are compared by what was read of them (`megascale.checkpoint.compare`), so
+folders may move and what hasn't begun may change. A longer `train.max_steps` alone changes `optimizer.horizon_steps`,
+which does count, unless that is given."""
+
+MATHS_KEYS = (
+    "run.seed",
+    "model.norm_eps",
+    "model.rope_theta",
+    "model.window",
+    "model.dropout",
+    "model.init_std",
+    "data.document_mask",
+    "data.label_document_starts",
+    "data.fim.",
+    "train.global_batch_tokens",
+    "train.batch_ramp",
+    "optimizer.",
+    "precision.",
+)
+"""Keys with which the saved weights and the position in the stream keep their meaning, but the steps to come compute
+something else. A new seed deals the rows to come in another order: of an epoch under way, some are read again and some
+not at all."""
+
+_SHAPE = "the weights have other shapes or another meaning"
+_ROWS = "row numbers would mean other rows, and the position of the run is one"
+FORBIDDEN_KEYS = {
+    "model.family": _SHAPE,
+    "model.num_layers": _SHAPE,
+    "model.d_model": _SHAPE,
+    "model.num_heads": _SHAPE,
+    "model.num_kv_heads": _SHAPE,
+    "model.d_ff": _SHAPE,
+    "model.vocab_size": _SHAPE,
+    "model.vocab_multiple": _SHAPE,
+    "model.max_seq_len": _SHAPE,
+    "model.tie_embeddings": _SHAPE,
+    "model.bias": _SHAPE,
+    "data.packing": _ROWS,
+    "data.num_lanes": _ROWS,
+    "data.window_rows": _ROWS,
+    "train.seq_len": _ROWS,
+}
+"""Keys that no checkpoint can be continued under, with the reason."""
+
+STRANGE_KEY = "this version of megascale has no rule for it"
+FIM_KEY, VALIDATION_KEY = "data.corpora.{}.fim_fraction", "validation.{}"
+"""What is compared besides the config's keys, by name of the corpus, and may be allowed."""
+
+
+def class_of(key: str) -> tuple[ChangeKind, str]:
+    """The class of a change of a dotted key, and why it is forbidden where it is; a key without a rule is."""
+    if key in FORBIDDEN_KEYS:
+        return ChangeKind.FORBIDDEN, FORBIDDEN_KEYS[key]
+    for kind, keys in ((ChangeKind.SAFE, SAFE_KEYS), (ChangeKind.MATHS, MATHS_KEYS)):
+        if any(key.startswith(rule) if rule.endswith(".") else key == rule for rule in keys):
+            return kind, ""
+    return ChangeKind.FORBIDDEN, STRANGE_KEY
+
+
+def keeps_maths(key: str) -> bool:
+    """Whether a dotted key may differ between a run and its resumption without a word."""
+    return class_of(key)[0] is ChangeKind.SAFE
+
+
+def config_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema; the names in `data.corpora` are a user's own, so that is one key."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from config_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def check_allowed_keys(keys: Iterable[str], config: RunConfig) -> None:
+    """Checks the keys that a user allows to change; one that changes nothing is no fault, so that a command can be
+    repeated.
+
+    Raises:
+        ConfigError: a key that there isn't, with the nearest one, or that may never change, with the reason.
+    """
+    names = [*config.data.sources]
+    extra = [form.format(name) for form in (FIM_KEY, VALIDATION_KEY) for name in names]
+    known = [*config_keys(), *extra]
+    for key in keys:
+        kind, reason = class_of(key)
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise ConfigError(
+                f"--allow-change {key}: there is no such key"
+                + (f"; did you mean `{nearest[0]}`?" if nearest else "; it is a dotted key such as optimizer.beta2")
+            )
+        if kind is ChangeKind.FORBIDDEN and key not in extra:
+            raise ConfigError(
+                f"--allow-change {key}: can't be allowed: {reason}; put the key back, or give the changed run a folder"
+                " of its own (run.folder) to start again, or to take over weights by `megascale import`"
+            )
+
+
+def batch_ramp_until(train: dict[str, Any], step: int) -> str:
+    """The `train.batch_ramp`, as YAML, that gives the steps before `step` the batches that a resolved `train` gave."""
+    stages = [stage for stage in train["batch_ramp"] if stage["until_step"] < step]
+    under_way = [stage["global_batch_tokens"] for stage in train["batch_ramp"] if stage["until_step"] >= step]
+    size = (*under_way, train["global_batch_tokens"])[0]
+    ramp = [*stages, {"until_step": step, "global_batch_tokens": size}]
+    return yaml.safe_dump(ramp, default_flow_style=True, sort_keys=False, width=1 << 16).strip()

@@ -1,0 +1,144 @@
+"""What a Hugging Face `config.json` says, as our `model` section, and where a config differs from it. Pure, no torch.
+
+Only what our model computes in the same way is taken: everything else is refused by its name, never ignored.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megascale.config.model import ModelConfig
+from megascale.errors import ConfigError
+
+FAMILY = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama"}
+"""Their `model_type` -> our family."""
+_LLAMA_NAMES = {
+    "num_layers": "num_hidden_layers", "d_model": "hidden_size", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "d_ff": "intermediate_size", "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+}
+HF_FIELDS = {
+    "gpt2": {
+        "num_layers": "n_layer", "d_model": "n_embd", "num_heads": "n_head", "d_ff": "n_inner",
+        "vocab_size": "vocab_size", "max_seq_len": "n_positions", "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    "llama": _LLAMA_NAMES,
+    "mistral": _LLAMA_NAMES | {"window": "sliding_window"},
+}
+"""Their `model_type` -> our field -> theirs. Where `config.json` lacks one, `_DEFAULTS` has what their class takes."""
+_DEFAULTS = {
+    "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "mistral": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "sliding_window": 4096},
+}
+_LLAMA_LEGAL = {
+    "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1.0,), "head_dim": (None,),
+}
+_LEGAL = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    },
+    "llama": _LLAMA_LEGAL,
+    "mistral": _LLAMA_LEGAL,
+}
+"""Values that our model computes; the first is what their class takes for a field that is left out."""
+_COUNTS = {
+    "n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "num_hidden_layers", "hidden_size",
+    "num_attention_heads", "intermediate_size", "max_position_embeddings",
+}
+_ROPE_THETA = 10000.0
+_PLAIN_ROPE = ("default", None)
+
+
+def model_section(hf: dict[str, Any], place: str) -> dict[str, Any]:
+    """The `model` section that computes what a `config.json` describes.
+
+    Args:
+        hf: its content.
+        place: the file, for messages.
+
+    Raises:
+        ConfigError: a field is missing, or says what our model doesn't compute; all such fields are listed.
+    """
+    kind = hf.get("model_type")
+    if kind not in FAMILY:
+        raise ConfigError(f"{place}: model_type is {kind!r}; what can be imported is {', '.join(FAMILY)}")
+    names, known = HF_FIELDS[kind], _DEFAULTS[kind] | hf
+    missing = [name for name in names.values() if name not in known]
+    if missing:
+        raise ConfigError(f"{place}: lacks {', '.join(missing)}, which a {kind} config must say")
+    problems = [f"{name} = {known[name]!r}: must be a whole number over 0" for name in names.values()
+                if name in _COUNTS and not _is_count(known[name])]
+    problems = problems or _unsupported(hf, kind)
+    if problems:
+        raise ConfigError(f"{place}: describes what this model can't compute:\n  " + "\n  ".join(problems))
+    section = {"family": FAMILY[kind]} | {ours: known[theirs] for ours, theirs in names.items()}
+    section.setdefault("window", None)
+    if kind == "gpt2":
+        section["d_ff"] = section["d_ff"] or 4 * section["d_model"]
+        return section | {"bias": True}
+    section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
+    theta = _rope(hf).get("rope_theta", hf.get("rope_theta", _ROPE_THETA))
+    return section | {"rope_theta": float(theta), "bias": bool(hf.get("attention_bias"))}
+
+
+def section_of(model: ModelConfig) -> dict[str, Any]:
+    """The resolved fields of a model that decide what it computes, named as in its config section."""
+    section = {
+        "family": model.family, "num_layers": model.num_layers, "d_model": model.d_model, "num_heads": model.num_heads,
+        "d_ff": model.ffn_dim, "vocab_size": model.vocab_size, "max_seq_len": model.max_seq_len,
+        "norm_eps": model.norm_eps, "tie_embeddings": model.is_tied, "window": model.window, "bias": model.has_bias,
+    }
+    return section | ({"num_kv_heads": model.kv_heads, "rope_theta": model.rotary_base} if model.is_rotary else {})
+
+
+def differences(section: dict[str, Any], model: ModelConfig, names: Mapping[str, str]) -> list[str]:
+    """Each field in which a model isn't that of a section, with the value to set; empty when it is the same.
+
+    The longest row may differ where positions turn, since no weight depends on it.
+
+    Args:
+        names: our field -> theirs, where theirs has another name.
+    """
+    ours = section_of(model) | {"vocab_multiple": model.vocab_multiple}
+    free = {"max_seq_len"} if section["family"] == "llama" else set()
+    return [
+        f"model.{key} = {ours.get(key)!r} here, {names.get(key, key)} = {value!r} there;"
+        f" set model.{key}={json.dumps(value)}"
+        for key, value in section.items() if key not in free and ours.get(key) != value
+    ]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _unsupported(hf: dict[str, Any], kind: str) -> list[str]:
+    problems = []
+    for name, legal in _LEGAL[kind].items():
+        value = hf.get(name)
+        if name == "head_dim" and value is not None:
+            width = hf["hidden_size"] // hf["num_attention_heads"]
+            if value != width:
+                problems.append(f"head_dim = {value}: heads here are hidden_size / num_attention_heads = {width} wide")
+        elif value is not None and value not in legal:
+            problems.append(f"{name} = {value!r}: only {legal[0]!r} is supported")
+    if hf.get("quantization_config"):
+        problems.append("quantization_config: the weights are quantized; import the model that they were made from")
+    if kind == "gpt2":
+        return problems
+    rope = _rope(hf)
+    if rope.get("rope_type", rope.get("type")) not in _PLAIN_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"rope_scaling = {rope}: only plain rotary positions are supported")
+    biases = [bool(hf.get(name)) for name in ("attention_bias", "mlp_bias")]
+    if biases[0] != biases[1] or (kind == "mistral" and any(biases)):
+        problems.append(f"attention_bias = {biases[0]} and mlp_bias = {biases[1]}: all linear layers have biases here,"
+                        " or none has")
+    return problems
+
+
+def _rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """Newer files say `rope_parameters`; older ones `rope_theta` and, where it is special, `rope_scaling`."""
+    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
