@@ -1,5 +1,6 @@
 """Works out again what a run has read, and compares it with what the run says of itself."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from data_tools.locate import ReadRun, open_run
 from data_tools.progress import track_bytes
 from megascale.checkpoint.find import read_stored_index
+from megascale.checkpoint.index import LineageRecord
 from megascale.checkpoint.run_file import peek_run_store
 from megascale.data.ledger import NO_DIGEST, NOTHING_READ, ReadCounts, chain_digest, digest_rows
 from megascale.data.rows import Corpus
@@ -31,6 +33,21 @@ class Audit(NamedTuple):
     faults: list[str]
 
 
+def check_auditable(lineage: Sequence[LineageRecord], place: object) -> None:
+    """Refuses a run whose earlier rows were read under other settings than its config has now.
+
+    Raises:
+        DataError: what was changed, and when.
+    """
+    for turn in lineage:
+        changed = [change.key for change in turn.changes if change.key == "run.seed" or change.key.startswith("data.")]
+        if changed:
+            raise DataError(
+                f"{place}: {', '.join(changed)} changed at step {turn.step}, so the rows before can't be worked out"
+                " from the config; audit a checkpoint of the time before, under its own config"
+            )
+
+
 def audit_run(folder: Path, reads_tokens: bool, console: Console) -> Audit:
     """Audits a run up to its newest checkpoint.
 
@@ -49,7 +66,9 @@ def audit_run(folder: Path, reads_tokens: bool, console: Console) -> Audit:
     if not steps:
         raise DataError(f"{folder} has no checkpoint, which keeps the ledger that an audit compares with")
     place = store.path(steps[-1])
-    state = read_stored_index(store, steps[-1]).state
+    index = read_stored_index(store, steps[-1])
+    check_auditable(index.run.lineage, place)
+    state = index.state
     num_rows = run.derived.batches.first_row(state.step)
     faults = []
     if num_rows != state.rows:

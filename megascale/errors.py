@@ -18,6 +18,8 @@ EXIT_STOPPED = 75
 
 EXIT_PEER_LOST = 76
 """This rank failed only because another one was gone: the launcher looks for the other's reason."""
+PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed")
+"""By which the messages of gloo and NCCL tell that."""
 
 
 def redact(text: str) -> str:

@@ -52,7 +52,8 @@ def find_changes(saved: CheckpointIndex, now: RunRecord, planned_rows: int) -> t
         *_changed_validation(saved.run.validation, now.validation),
         *_moved_position(saved, planned_rows),
     ]
-    return tuple((found | {classed.change.key: classed for classed in others}).values())
+    classes = (found | {classed.change.key: classed for classed in others}).values()
+    return tuple(map(_at_step_zero, classes)) if saved.state.step == 0 else tuple(classes)
 
 
 def check_changes(changes: Sequence[ClassedChange], allowed: Collection[str], place: object) -> tuple[Change, ...]:
@@ -90,6 +91,13 @@ def changed_values(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     old, new = flat_values(old), flat_values(new)
     pairs = ((key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in sorted(old.keys() | new.keys()))
     return [Change(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def _at_step_zero(classed: ClassedChange) -> ClassedChange:
+    """Of imported weights nothing was computed yet: only what they mean to the model counts."""
+    if classed.change.key.startswith("model."):
+        return classed
+    return ClassedChange(classed.change, ChangeKind.SAFE)
 
 
 def _hints(changes: Sequence[ClassedChange], refused: Collection[str]) -> str:

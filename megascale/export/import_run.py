@@ -29,7 +29,7 @@ from megascale.checkpoint.persist import (
 )
 from megascale.checkpoint.pieces import PieceRecord, RankPieces, file_bytes
 from megascale.checkpoint.retention import Retention
-from megascale.checkpoint.run_file import RUN_FILE, open_run_store, read_run_file
+from megascale.checkpoint.run_file import RUN_FILE, SAVED_FILE, note_saved, open_run_store, read_run_file
 from megascale.checkpoint.state import RunState
 from megascale.checkpoint.store import Store
 from megascale.config.derive import Derived, derive
@@ -211,12 +211,14 @@ def write_run(target: Target, source: WeightSource, shapes: Mapping[str, tuple[i
                 " set it aside with --fresh, or set another run.folder"
             )
         describe_run_folder(folder, record, target.tokenizer)
+        note_saved(folder, 0)  # before it is, so that training doesn't begin here when this is killed half-way
         write_checkpoint(store, replace(record, lineage=source.lineage()), config, source, shapes, lease.claim)
     except LeaseLostError:
         raise
     except BaseException:
         if is_new:  # or training would begin here, with weights of its own
-            (folder / RUN_FILE).unlink(missing_ok=True)
+            for name in (RUN_FILE, SAVED_FILE):
+                (folder / name).unlink(missing_ok=True)
         raise
     finally:
         lease.release()

@@ -11,14 +11,12 @@ from typing import NoReturn
 import torch
 
 from megascale.config.load import load_config
-from megascale.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_RUN, MegascaleError, StopRequested
+from megascale.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_RUN, PEER_LOST_WORDS, MegascaleError, StopRequested
 from megascale.parallel.mesh import close_mesh, read_rank_info
 from megascale.train.loop import train
 from megascale.train.setup import set_up
 from megascale.train.signals import StopRequest, stop_when_parent_dies
 from megascale.train.start_options import StartOptions
-
-PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed")
 
 
 def main(arguments: list[str]) -> NoReturn:

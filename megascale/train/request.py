@@ -10,9 +10,8 @@ from typing import NoReturn
 
 import torch
 
-from megascale.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_RUN, MegascaleError
+from megascale.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_RUN, PEER_LOST_WORDS, MegascaleError
 from megascale.parallel.mesh import close_mesh
-from megascale.train.rank import PEER_LOST_WORDS
 from megascale.train.signals import stop_when_parent_dies
 
 

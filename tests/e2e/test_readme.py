@@ -13,10 +13,13 @@ import yaml
 from tests.support.ranks import REPOSITORY
 from tests.support.tiny_run import command_environment, megascale
 
+TWO_LAYERS = ["model.num_layers=2", "model.d_model=96", "optimizer.warmup_steps=1", "checkpoint.interval_steps=1",
+              "observe.wandb.mode=disabled"]
 SMALLER = {
     "data build": ["--pattern", "asyncio/*.py", "--pattern", "email/*.py", "--validation-fraction", "0.2"],
-    "train": ["train.max_steps=2", "model.num_layers=2", "model.d_model=96", "optimizer.warmup_steps=1",
-              "checkpoint.interval_steps=1", "observe.wandb.mode=disabled"],
+    "train configs/quickstart.yaml run.folder=runs/forked": [
+        "train.max_steps=3", "optimizer.horizon_steps=2", *TWO_LAYERS, "--fork", "runs/by-hand@1"],
+    "train": ["train.max_steps=2", "optimizer.horizon_steps=2", *TWO_LAYERS],
     "parity": ["model.num_layers=2", "model.d_model=96"],
     "generate": ["--max-tokens", "5"],
 }
@@ -28,11 +31,19 @@ def shown_commands(path: Path) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def run_shown_commands(page: Path, folder: Path, options: dict[str, list[str]]) -> list[str]:
-    """Runs the commands of a page in their order, with options added to some, and returns what they printed."""
-    shutil.copytree(REPOSITORY / "configs", folder / "configs")
+def run_shown_commands(
+    page: Path, folder: Path, options: dict[str, list[str]], names: dict[str, str] | None = None
+) -> list[str]:
+    """Runs the commands of a page in their order, with options added to some, and returns what they printed.
+
+    Args:
+        names: what stands on the page -> what is there in its stead.
+    """
+    shutil.copytree(REPOSITORY / "configs", folder / "configs", dirs_exist_ok=True)
     printed = []
     for command in shown_commands(page):
+        for shown, name in (names or {}).items():
+            command = command.replace(shown, name)
         program, *arguments = shlex.split(command)
         assert program == "megascale"
         extra = next((more for name, more in options.items() if " ".join(arguments).startswith(name)), [])
@@ -45,11 +56,39 @@ def run_shown_commands(page: Path, folder: Path, options: dict[str, list[str]]) 
     return printed
 
 
-def test_the_readme_commands_run_in_the_order_shown(tmp_path):
-    assert len(run_shown_commands(REPOSITORY / "README.md", tmp_path, SMALLER)) >= 6
-    report = (tmp_path / "runs/by-hand/report.html").read_text()
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """A folder in which the commands of the README have run, and what they printed."""
+    folder = tmp_path_factory.mktemp("readme")
+    return folder, run_shown_commands(REPOSITORY / "README.md", folder, SMALLER)
+
+
+def test_the_readme_commands_run_in_the_order_shown(by_hand):
+    folder, printed = by_hand
+    assert len(printed) >= 10
+    report = (folder / "runs/by-hand/report.html").read_text()
     assert "bigram" in report
     assert "<svg" in report
+    assert "forked from" in (folder / "runs/forked/sessions.jsonl").read_text()
+
+
+def test_the_commands_of_the_checkpoint_pages_run_on_the_same_run(by_hand, tmp_path):
+    """Lists, verifies, exports once more, and begins a run with what the README exported."""
+    folder, _ = by_hand
+    run = {"runs/quickstart": str(shutil.copytree(folder / "runs/by-hand", tmp_path / "runs/by-hand"))}
+    listed, verified, _ = run_shown_commands(REPOSITORY / "docs/checkpoints.md", tmp_path, {}, run)
+    assert "step" in listed
+    assert "ok" in verified
+    shutil.rmtree(tmp_path / "runs/by-hand/export")
+    run_shown_commands(REPOSITORY / "docs/export.md", tmp_path, {}, run)
+    (exported,) = (tmp_path / "runs/by-hand/export").iterdir()
+    config = yaml.safe_load((tmp_path / "runs/by-hand/config.yaml").read_text())
+    config["run"]["folder"], config["data"]["folder"] = str(tmp_path / "continued"), str(folder / "data/quickstart")
+    (tmp_path / "continued.yaml").write_text(yaml.safe_dump(config))
+    names = {"path/to/llama": str(exported), "configs/continued.yaml": str(tmp_path / "continued.yaml")}
+    _, imported, trained = run_shown_commands(REPOSITORY / "docs/import.md", tmp_path, {}, names)
+    assert "parameters of" in imported
+    assert "at step 0" in trained
 
 
 def test_the_commands_of_the_data_page_run_in_the_order_shown(tmp_path):
