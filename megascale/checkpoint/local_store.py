@@ -137,6 +137,10 @@ class LocalDraft:
         """See `Draft`."""
         return read_bounded(self.folder / name, limit_bytes)
 
+    def stored_bytes(self) -> int:
+        """See `Draft`."""
+        return sum(size_of_regular_file(self.folder / name) or 0 for name in list_names(self.folder))
+
     def remove(self, name: str) -> None:
         """See `Draft`."""
         (self.folder / name).unlink()

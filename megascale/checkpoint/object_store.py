@@ -181,6 +181,10 @@ class ObjectDraft:
         """See `Draft`."""
         return self.objects.read_small(self._path(name), limit_bytes)
 
+    def stored_bytes(self) -> int:
+        """See `Draft`."""
+        return 0
+
     def remove(self, name: str) -> None:
         """See `Draft`."""
         self.objects.remove(self._path(name))

@@ -116,10 +116,11 @@ def write_part(task: WriteTask, pieces: RankPieces) -> None:
         check_claim(task.claim)  # before anything is removed: it may be another job's by now
     if task.needed_bytes is not None:
         store.prepare(task.token)
-        free = store.free_bytes()
-        if free is not None and free < task.needed_bytes:
-            raise CheckpointError("the disk is too full")
     draft = store.draft(task.step, task.token)
+    if task.needed_bytes is not None:
+        free = store.free_bytes()
+        if free is not None and free + draft.stored_bytes() < task.needed_bytes:  # others may have begun to write
+            raise CheckpointError("the disk is too full")
     name = f"rank_{task.rank:05d}.safetensors"
     digests: list[int] = []
     record = draft.write(name, _encode(pieces, task.step, digests))

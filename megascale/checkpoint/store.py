@@ -33,6 +33,9 @@ class Draft(Protocol):
     def read_small(self, name: str, limit_bytes: int) -> bytes | None:
         """A small file whole; None where it is missing or larger."""
 
+    def stored_bytes(self) -> int:
+        """How much all ranks have written of it; asked for only where `Store.free_bytes` is a number."""
+
     def remove(self, name: str) -> None:
         """Removes a file."""
 

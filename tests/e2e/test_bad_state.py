@@ -69,7 +69,7 @@ def test_without_a_whole_checkpoint_only_fresh_starts_anew(copied, clean, tmp_pa
     for _ in range(2):
         done = megascale("train", copied, "--nproc", "2")
         assert done.returncode == EXIT_USER, done.stderr
-        check_message(done.stderr, [f"{run_folder}/checkpoints: no whole checkpoint is left", "--fresh"])
+        check_message(done.stderr, [f"{run_folder}: no whole checkpoint is left", "--fresh"])
         assert curve(run_folder) == old_curve
     done = megascale("train", copied, "--nproc", "2", "--fresh")
     assert done.returncode == EXIT_OK, done.stderr
@@ -117,7 +117,9 @@ def test_a_full_disk_stops_by_policy_and_at_the_end(small_disk, policy, step):
     Mutation seen to be caught: the failure of the last save is passed over.
     """
     config = small_disk / "run.yaml"
-    done = megascale("train", config, f"checkpoint.on_save_error={policy}", "--nproc", "2")
+    done = megascale(
+        "train", config, f"checkpoint.on_save_error={policy}", "checkpoint.asynchronous=false", "--nproc", "2"
+    )
     assert done.returncode == EXIT_RUN, done.stderr
     check_message(done.stderr, [f"run/checkpoints/step_{step:08d}: not saved: the disk is too full", "MiB are free",
                                 "The earlier checkpoints are untouched"])
