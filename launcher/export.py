@@ -3,12 +3,10 @@
 import re
 from pathlib import Path
 
-from launcher.request import run_request
+from launcher.request import FRUGAL_ENVIRONMENT, run_request
 from megascale.errors import ConfigError
 
 EXPORT_MODULE = "megascale.export.hf_export"
-EXPORT_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-"""glibc gives the memory of a tensor back with the tensor. Training ranks keep it, for speed; here it piles up."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """Powers of ten, as transformers' `max_shard_size` counts."""
 
@@ -25,7 +23,7 @@ def export_run(
     run_request(EXPORT_MODULE, {
         "run_folder": str(run_folder), "step": step, "out": str(out) if out else None, "dtype": dtype,
         "max_shard_bytes": parse_size(max_shard_size), "check": is_checked,
-    }, EXPORT_ENVIRONMENT)
+    }, FRUGAL_ENVIRONMENT)
 
 
 def parse_size(text: str) -> int:

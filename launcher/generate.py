@@ -1,13 +1,10 @@
 """`megascale generate`: text from a run, made in a process of its own, so that the launcher needs no torch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from launcher.local import CPU_ENVIRONMENT, check_num_ranks, count_cores, count_gpus, run_local
-from megascale.errors import RankFailedError
+from launcher.local import check_num_ranks, run_local
+from launcher.request import run_request
 
 GENERATE_MODULE = "megascale.train.generate"
 
@@ -31,14 +28,4 @@ def generate_text(
         check_num_ranks(tp * pp)
         run_local([json.dumps(request)], tp * pp, GENERATE_MODULE)
         return ""
-    machine = {} if count_gpus() else CPU_ENVIRONMENT
-    finished = subprocess.run(
-        [sys.executable, "-m", GENERATE_MODULE, json.dumps(request)],
-        env={"OMP_NUM_THREADS": str(count_cores())} | os.environ | machine, stdout=subprocess.PIPE if capture else None,
-        stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False,
-    )
-    if finished.returncode:
-        fault = RankFailedError(finished.stderr.strip().removeprefix("error: "))
-        fault.exit_code = finished.returncode if finished.returncode > 0 else fault.exit_code
-        raise fault
-    return finished.stdout or ""
+    return run_request(GENERATE_MODULE, request, capture=capture)

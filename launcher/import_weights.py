@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.request import run_request
+from launcher.request import FRUGAL_ENVIRONMENT, run_request
 from megascale.config.load import load_config
 from megascale.errors import ConfigError
 
@@ -29,7 +29,7 @@ def import_weights(
     run_request(IMPORT_MODULE, {
         "show": False, "config": str(config_path), "overrides": list(overrides), "source": source, "fresh": is_fresh,
         "allow_other_tokenizer": allows_other_tokenizer,
-    })
+    }, FRUGAL_ENVIRONMENT)
 
 
 def show_section(source: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from launcher.export import EXPORT_ENVIRONMENT
+from launcher.request import FRUGAL_ENVIRONMENT
 from megascale.checkpoint.find import peek_checkpoint
 from megascale.checkpoint.index import ProbeRecord, ProbeRow
 from megascale.checkpoint.local_store import LocalStore
@@ -176,7 +176,7 @@ def test_memory_stays_under_twice_the_largest_tensor(tmp_path):
     make_run(tmp_path / "large", large)
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.export_memory", tmp_path / "small", tmp_path / "large"],
-        cwd=REPOSITORY, env=command_environment(DS_ACCELERATOR="cpu", **EXPORT_ENVIRONMENT), check=True,
+        cwd=REPOSITORY, env=command_environment(DS_ACCELERATOR="cpu", **FRUGAL_ENVIRONMENT), check=True,
         capture_output=True, text=True,
     )
     largest = 8000 * 1024 * 4
