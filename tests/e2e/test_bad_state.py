@@ -80,6 +80,17 @@ def test_without_a_whole_checkpoint_only_fresh_starts_anew(copied, clean, tmp_pa
     assert curve(aside) == old_curve
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(copied, tmp_path):
+    """A file system that isn't mounted, an object store at another endpoint.
+
+    Mutation seen to be caught: what the run folder notes of its saves isn't looked at.
+    """
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    parts = [f"{tmp_path / 'run'}: holds no checkpoint, though this run saved one at step {NUM_STEPS}", "--fresh"]
+    check_refused(["train", copied, "--nproc", "2"], parts, tmp_path)
+
+
 @pytest.fixture
 def small_disk(corpus, tmp_path):
     """A file system with room for one checkpoint, and a config whose run folder is on it."""

@@ -12,7 +12,7 @@ from megascale.checkpoint.comm import LocalComm
 from megascale.checkpoint.fork import parse_fork
 from megascale.checkpoint.local_store import LocalStore
 from megascale.checkpoint.records import to_json
-from megascale.checkpoint.run_file import RunFile
+from megascale.checkpoint.run_file import RunFile, note_saved
 from megascale.config.batch_plan import constant_batch
 from megascale.errors import CheckpointError
 from megascale.train.origin import find_origin
@@ -68,3 +68,12 @@ def test_a_fork_begins_at_its_source_and_goes_on_with_itself(tmp_path):
 
 def test_a_run_without_checkpoints_begins_at_step_0(tmp_path):
     assert begin(tmp_path, run_at(tmp_path, 0.1, "a"), allowed=("run.seed",)).checkpoint is None
+
+
+def test_a_run_that_has_saved_does_not_begin_at_step_zero(tmp_path):
+    """Mutation: leaving out the look at what the run folder notes."""
+    run = run_at(tmp_path, 0.1, "a")
+    assert begin(tmp_path, run).checkpoint is None
+    note_saved(tmp_path, 4)
+    with pytest.raises(CheckpointError, match="holds no checkpoint, though this run saved one at step 4"):
+        begin(tmp_path, run)
