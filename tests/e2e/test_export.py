@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +27,7 @@ def test_a_trained_run_is_exported_checked_and_loads(clean, tmp_path):
     assert str(clean.parent) not in card
 
 
+@pytest.mark.slow
 def test_an_older_step_in_half_precision_without_check(clean, tmp_path):
     done = megascale(
         "export", clean, "--format", "hf", "--out", tmp_path / "hf", "--step", "9", "--dtype", "bfloat16", "--no-check")

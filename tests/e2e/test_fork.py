@@ -95,6 +95,7 @@ def test_a_fork_without_changes_goes_on_as_its_source_did(copied, clean, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_a_fork_at_an_older_step_with_a_changed_learning_rate(copied, clean, tmp_path):
     fork = tmp_path / "fork"
     command = (copied, f"run.folder={fork}", RATE, "--fork", f"{clean}@6")
@@ -119,6 +120,7 @@ def test_forks_that_cannot_be(copied, clean, tmp_path):
     assert not (run_folder / "set_aside").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_precision(copied, tmp_path):
     """fp32 to fp16, which begins with the loss scale of its config, and on to bf16, which has none.
 

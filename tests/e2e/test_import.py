@@ -76,6 +76,7 @@ def test_export_gives_the_same_bytes_back(imported, folder, tmp_path):
         assert tensor.numpy().tobytes() == after[name].numpy().tobytes(), name
 
 
+@pytest.mark.slow
 def test_a_run_imported_with_its_own_first_weights_is_the_run(imported, tmp_path):
     """To the bit, in fp16: moments, optimizer step, loss scale and data stream are those of a new run.
 

@@ -61,6 +61,7 @@ def test_commands_beside_the_run_read_from_the_store(killed, corpus):
     assert audited.returncode == 0, audited.stderr
 
 
+@pytest.mark.slow
 def test_a_fresh_start_leaves_the_earlier_place_as_it_is(killed, corpus, bucket, tmp_path):
     """Mutation seen to be caught: the place without the run's id."""
     copy = tmp_path / "run"

@@ -32,13 +32,13 @@ def run_tiny(folder: Path, num_ranks: int, *overrides: str) -> list[dict]:
 
 LAYOUTS = [
     (1, []),
-    (2, ["parallel.zero_stage=0"]),
+    pytest.param(2, ["parallel.zero_stage=0"], marks=pytest.mark.slow),
     (2, ["parallel.zero_stage=1"]),
-    (2, ["parallel.zero_stage=2"]),
+    pytest.param(2, ["parallel.zero_stage=2"], marks=pytest.mark.slow),
     (2, ["parallel.zero_stage=3"]),
     (2, ["parallel.tp=2"]),
-    (2, ["parallel.cp=2"]),
-    (4, ["parallel.pp=2"]),
+    pytest.param(2, ["parallel.cp=2"], marks=pytest.mark.slow),
+    pytest.param(4, ["parallel.pp=2"], marks=pytest.mark.slow),
     (4, ["parallel.tp=2", "parallel.pp=2", "train.recompute=full"]),
 ]
 

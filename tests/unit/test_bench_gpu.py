@@ -113,7 +113,9 @@ def test_shapes_are_those_of_the_issue():
     }
 
 
-@pytest.mark.parametrize(("shape", "against"), [("tiny-gpt2", "masters"), ("tiny-llama", "autocast")])
+@pytest.mark.parametrize(("shape", "against"), [
+    ("tiny-gpt2", "masters"), pytest.param("tiny-llama", "autocast", marks=pytest.mark.slow),
+])
 def test_a_toy_runs_on_a_cpu(shape, against):
     rows = run_bench("bench.gpu", "--shape", shape, "--eager", "--seconds", "0.01", "--against", against)
     assert [(row[0], row[-2]) for row in rows] == [(shape, "side by side")]
