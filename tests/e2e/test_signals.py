@@ -96,7 +96,8 @@ def test_a_second_signal_ends_the_run_at_once(config, tmp_path):
 
     Mutations seen to be caught: each signal counts; a second one is passed on like the first.
     """
-    with faulty_run("paused_rank", tmp_path / "twice", {"phase": "forward", "step": 4}, config) as run:
+    options = config, "checkpoint.asynchronous=false"  # the save of step 3 is to be over by then
+    with faulty_run("paused_rank", tmp_path / "twice", {"phase": "forward", "step": 4}, *options) as run:
         ranks = run.wait_for_pause()
         run.process.send_signal(signal.SIGTERM)
         run.process.send_signal(signal.SIGINT)
