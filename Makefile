@@ -28,6 +28,7 @@ bench: $(VENV)/.installed-test
 	@$(BIN)/python -m bench.loader
 	@$(BIN)/python -m bench.resume_cost
 	@$(BIN)/python -m bench.tokenize
+	@$(BIN)/python -m bench.checkpoint
 	@$(BIN)/python -m bench.comm_volume
 	@$(BIN)/python -m bench.memory
 	@$(BIN)/python -m bench.schedule_trace

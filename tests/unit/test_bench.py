@@ -13,17 +13,21 @@ import pytest
 from tests.support.ranks import REPOSITORY
 
 
-def run_bench(module: str, *arguments: str) -> list[list[str]]:
-    """The cells of the rows of the table that a bench prints."""
+def bench_output(module: str, *arguments: str) -> str:
+    """What a bench prints."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     shown = subprocess.run(
         [sys.executable, "-m", module, *arguments], env=environment, cwd=REPOSITORY, capture_output=True, text=True,
         timeout=120, check=False,
     )
     assert shown.returncode == 0, shown.stderr[-3000:]
-    head, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in shown.stdout.splitlines() if line[:1] == "|"
-    ]
+    return shown.stdout
+
+
+def run_bench(module: str, *arguments: str) -> list[list[str]]:
+    """The cells of the rows of the table that a bench prints."""
+    lines = bench_output(module, *arguments).splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
     assert all(len(row) == len(head) for row in rows)
     return rows
 
@@ -43,3 +47,10 @@ def test_loader_prints_a_row_per_sequence_length():
     )
     sides = ["slices", "rows", "loader", "webdataset"]
     assert [row[:2] for row in rows] == [[seq_len, side] for seq_len in ("64", "256") for side in sides]
+
+
+def test_checkpoint_prints_how_it_was_saved_and_loaded():
+    output = bench_output("bench.checkpoint", "--millions", "2", "--rounds", "1")
+    for name in ("ours, asynchronous", "torch async_save, thread", "plain writes", "fill and check the digests"):
+        assert f"| {name} |" in output
+    assert "bytes on disk per parameter" in output
