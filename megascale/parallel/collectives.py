@@ -2,8 +2,9 @@
 
 An axis of one rank returns its input at once, so that a laptop runs the same lines as a cluster. The operators are
 those that torch.compile traces (`_c10d_functional`): plain tensors in and out, in eager mode already on their way when
-the call returns. What is being sent is held until the result is waited for, so that no thread of gloo's drops the last
-reference to a Python object.
+the call returns. What is sent is cut off from autograd: gloo's threads take it apart with gradients enabled, and would
+build nodes of the graph while this thread does. It is held until the result is waited for, so that none of them drops
+the last reference to a Python object.
 
 Bytes sent by each of n ranks for x bytes of the larger side (ring algorithms): all-reduce 2 x (n-1)/n, all-gather,
 reduce-scatter and all-to-all x (n-1)/n.
@@ -26,7 +27,7 @@ def start_all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum") -> Start
     """Starts to combine a tensor over the axis; the input stays as it is."""
     if axis.size == 1:
         return lambda: tensor
-    pending = ops.all_reduce(tensor.contiguous(), op, axis.name)
+    pending = ops.all_reduce(tensor.detach().contiguous(), op, axis.name)
     return lambda: ops.wait_tensor(pending)
 
 
@@ -34,7 +35,7 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis, dim: int) -> Started:
     """Starts to lay the ranks' tensors side by side along `dim`, in rank order."""
     if axis.size == 1:
         return lambda: tensor
-    sent, dim = tensor.contiguous(), dim % tensor.dim()
+    sent, dim = tensor.detach().contiguous(), dim % tensor.dim()
     pending = ops.all_gather_into_tensor(sent, axis.size, axis.name)
 
     def finish() -> torch.Tensor:
@@ -49,7 +50,7 @@ def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, dim: int) -> Started:
     if axis.size == 1:
         return lambda: tensor
     dim = dim % tensor.dim()
-    parts = tensor.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    parts = tensor.detach().unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     if not axis.is_gloo:
         pending = ops.reduce_scatter_tensor(parts, "sum", axis.size, axis.name)
         return lambda: ops.wait_tensor(pending).squeeze(0)
@@ -62,7 +63,8 @@ def start_all_to_all(tensor: torch.Tensor, axis: Axis, split_dim: int, join_dim:
     if axis.size == 1:
         return lambda: tensor
     split_dim, join_dim = split_dim % tensor.dim(), join_dim % tensor.dim()
-    finish = exchange_parts(tensor.unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous(), axis)
+    sent = tensor.detach().unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous()
+    finish = exchange_parts(sent, axis)
     return lambda: finish().movedim(0, join_dim).flatten(join_dim, join_dim + 1)
 
 
