@@ -126,8 +126,7 @@ def test_the_next_in_line_takes_over_from_a_killed_one(folder, server, manifest,
     max_bytes = int(manifest.table["bytes"].max())
     server.faults.chunk_pause_s = 30.0
     reader = start_reader(folder, server.url, tmp_path, max_bytes, 1, -1)
-    while not server.requests:
-        time.sleep(0.01)
+    assert server.paused.wait(60)
     server.faults.chunk_pause_s = 0.0
     opened = []
     cache = ShardCache(tmp_path, max_bytes, ACCESS)

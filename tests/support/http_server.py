@@ -45,12 +45,14 @@ class Server:
         faults: what it does wrong.
         requests: (path, Range header) of each request so far.
         headers: of each request so far.
+        paused: set once an answer pauses.
     """
 
     url: str
     faults: Faults
     requests: list[tuple[str, str | None]]
     headers: list[dict[str, str]]
+    paused: threading.Event = field(default_factory=threading.Event)
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -119,7 +121,9 @@ def make_handler(folder: Path, server: Server, chance: random.Random) -> type[Ba
             if server.faults.drops:
                 body = body[: server.faults.drops.pop(0)]
             for first in range(0, len(body), 1 << 16):
-                time.sleep(server.faults.chunk_pause_s)
+                if pause_s := server.faults.chunk_pause_s:
+                    server.paused.set()
+                    time.sleep(pause_s)
                 self.wfile.write(body[first : first + (1 << 16)])
 
         def log_message(self, *args) -> None:
