@@ -19,9 +19,9 @@ from typing import Any
 
 from megascale.checkpoint.files import FileRecord
 from megascale.checkpoint.folders import CHECKPOINTS, QUARANTINE, step_name
-from megascale.config.checkpoint import OBJECT_URL
+from megascale.config.checkpoint import object_url_problem
 from megascale.data.location import scheme_of
-from megascale.data.object_store import PACKAGES, open_file_system
+from megascale.data.object_store import open_file_system
 from megascale.errors import CheckpointError, DataError, redact
 
 COMMITTED = "committed"
@@ -50,12 +50,8 @@ def check_url(url: str) -> None:
     Raises:
         CheckpointError: another kind of url, or one with a password, a query or a pattern in it.
     """
-    if not OBJECT_URL.fullmatch(url):
-        known = ", ".join(f"{scheme}://" for scheme in PACKAGES)
-        raise CheckpointError(
-            f"{url}: checkpoints can't go there; write BUCKET/FOLDER after one of {known}, in letters, digits and"
-            " ._+=- without a password: credentials come from the environment, as the store's own tools read them"
-        )
+    if problem := object_url_problem(url):
+        raise CheckpointError(problem)
 
 
 class ObjectStore:

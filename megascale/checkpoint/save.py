@@ -79,18 +79,12 @@ class Saver:
     ):
         self._store, self._run, self._comm, self._retention = store, run, comm, retention
         self._writer, self._claim, self._read_back = writer, claim, read_back
-        halves = [comm.control_gather(secrets.randbelow(1 << 62))[0] for _ in range(2)]
-        self._token, self._num_saves = f"{halves[0]:016x}{halves[1]:016x}", 0
+        self._token, self._num_saves = f"{comm.control_gather(secrets.randbelow(1 << 62))[0]:016x}", 0
         self._phase, self._outcome = Phase.IDLE, None
         self._state: RunState | None = None
         self._probe: ProbeRecord | None = None
         self._needed_bytes: int | None = None
         self.saved_step: int | None = saved_step
-
-    @property
-    def step(self) -> int | None:
-        """The step that is being saved, None when nothing is."""
-        return None if self._phase is Phase.IDLE else self._state.step
 
     def start(self, state: RunState, pieces: Iterable[StatePiece], probe: ProbeRecord | None = None) -> None:
         """Begins to save; nothing else may be under way. Returns when the tensors may change. Every rank calls it.

@@ -15,6 +15,17 @@ OBJECT_URL = re.compile(
 """What checkpoints can be written to besides folders; no password, query or pattern."""
 
 
+def object_url_problem(url: str) -> str | None:
+    """Why checkpoints can't be written to a url, None where they can."""
+    if OBJECT_URL.fullmatch(url):
+        return None
+    known = ", ".join(f"{scheme}://" for scheme in OBJECT_SCHEMES)
+    return (
+        f"{url}: checkpoints can't go there; write BUCKET/FOLDER after one of {known}, in letters, digits and ._+=-"
+        " without a password: credentials come from the environment, as the store's own tools read them"
+    )
+
+
 class CheckpointConfig(Section):
     """When state is saved and how much of it is kept."""
 
@@ -55,12 +66,8 @@ class CheckpointConfig(Section):
     @classmethod
     def check_url(cls, url: str | None) -> str | None:
         """Refuses what checkpoints can't be written to, and what would put a password into every checkpoint."""
-        if url is not None and not OBJECT_URL.fullmatch(url):
-            raise ValueError(
-                f"checkpoint.url = {redact(url)}: checkpoints can't go there; write BUCKET/FOLDER after one of s3://,"
-                " gs://, az://, in letters, digits and ._+=- without a password: credentials come from the"
-                " environment, as the store's own tools read them"
-            )
+        if url is not None and (problem := object_url_problem(url)):
+            raise ValueError(f"checkpoint.url = {redact(problem)}")
         return url
 
     grace_s: float = Field(0, ge=0)

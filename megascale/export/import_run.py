@@ -42,6 +42,7 @@ from megascale.data.manifest import read_tokenizer
 from megascale.data.stream import open_stream, open_validation
 from megascale.data.tokenizer import parse_tokenizer
 from megascale.data.transfer import access_of
+from megascale.engine.fragments import MOMENTS
 from megascale.engine.precision import build_loss_scaler, scaler_values
 from megascale.errors import CheckpointError, ConfigError, DataError, LeaseLostError, MegascaleError, SaveError
 from megascale.export.hf_import import differences
@@ -53,7 +54,6 @@ from megascale.train.request import serve_request
 from megascale.train.run_folder import TOKENIZER_FILE, claim_run_folder, describe_run_folder, read_git_commit
 from megascale.train.setup import close_stores, describe_run
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PART_BYTES = 4 << 30
 """Size from which on a file of the checkpoint takes no further parameter, so that ranks can share the reading out."""
 
