@@ -7,6 +7,7 @@ sharing its locks are told apart by their boot id, and a holder on another machi
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import socket
@@ -38,6 +39,7 @@ class Owner:
         pid: process on that machine.
         started: when the lease was taken, local time, for people.
         token: random, so that a holder sees when it was replaced.
+        life: of the launcher that started the holder; empty where none did.
     """
 
     host: str
@@ -45,6 +47,7 @@ class Owner:
     pid: int
     started: str
     token: str
+    life: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,14 @@ class RunLease:
         self._heart.start()
 
     @classmethod
-    def take(cls, run_folder: Path, *, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S) -> Self:
+    def take(
+        cls, run_folder: Path, *, life: str = "", heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S
+    ) -> Self:
         """Takes the run folder, at once unless its last holder was on another machine and didn't release it.
+
+        Args:
+            life: names a launcher that lets one attempt of the run begin only when the one before it is gone, so a
+                holder of the same life is dead, wherever it was; empty where nobody promises that.
 
         Raises:
             CheckpointError: another job holds it, or the folder isn't writable.
@@ -90,9 +99,9 @@ class RunLease:
         try:
             is_locked = _lock(descriptor)
             holder = _read_owner(path)
-            if is_locked is False or (holder and _may_live(holder, is_locked) and _is_beating(path, stale_s)):
+            if is_locked is False or (holder and _may_live(holder, is_locked, life) and _is_beating(path, stale_s)):
                 raise CheckpointError(_refusal(path, holder))
-            owner = _describe_self()
+            owner = _describe_self(life)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, to_json(asdict(owner)), 0)
             os.fsync(descriptor)
@@ -141,8 +150,10 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
-def _may_live(holder: Owner, is_locked: bool | None) -> bool:
+def _may_live(holder: Owner, is_locked: bool | None, life: str) -> bool:
     """Whether a holder whose lock we don't see may still be at work; on this machine its lock would tell."""
+    if life and holder.life == life:
+        return False
     return holder.boot_id != _boot_id() or is_locked is None
 
 
@@ -164,15 +175,17 @@ def _modified(path: Path) -> int:
 
 def _read_owner(path: Path) -> Owner | None:
     try:
-        return parse_record(Owner, read_bounded(path, MAX_OWNER_BYTES) or b"", path)
-    except (CheckpointError, OSError):
+        values = json.loads(read_bounded(path, MAX_OWNER_BYTES) or b"")
+        # A lease of before there were lives is one without: its holder may be at work.
+        return parse_record(Owner, to_json({"life": ""} | values), path) if isinstance(values, dict) else None
+    except (CheckpointError, OSError, ValueError, RecursionError):
         return None
 
 
-def _describe_self() -> Owner:
+def _describe_self(life: str) -> Owner:
     return Owner(
         host=socket.gethostname(), boot_id=_boot_id(), pid=os.getpid(),
-        started=time.strftime("%Y-%m-%d %H:%M:%S %z"), token=secrets.token_hex(8),
+        started=time.strftime("%Y-%m-%d %H:%M:%S %z"), token=secrets.token_hex(8), life=life,
     )
 
 

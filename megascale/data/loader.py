@@ -14,7 +14,7 @@ from megascale.data.location import is_local
 from megascale.data.objectives import Arrays, RowObjective
 from megascale.data.order import Places
 from megascale.data.permutation import derive_key
-from megascale.data.prefetch import prefetch
+from megascale.data.prefetch import Prefetched
 from megascale.data.rows import Corpus, check_batches
 from megascale.data.stream import Fault, Stream
 
@@ -66,12 +66,12 @@ class Loader:
         self.stream, self.batches, self.micro_rows = stream, batches, micro_rows
         self.replica, self.num_replicas, self.is_pinned = replica, num_replicas, is_pinned
 
-    def steps_from(self, step: int) -> Iterator[StepData]:
+    def steps_from(self, step: int) -> Prefetched[StepData]:
         """Yields this replica's part of each step without end, from a step on.
 
         A thread makes steps ahead; its errors are raised here. Close the iterator to end the thread.
         """
-        return prefetch(self._make_steps(step), STEPS_AHEAD)
+        return Prefetched(self._make_steps(step), STEPS_AHEAD)
 
     def row_numbers(self, step: int) -> np.ndarray:
         """The row numbers of this replica's part of a step, micro-batch after micro-batch."""

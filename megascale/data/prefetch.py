@@ -2,44 +2,69 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Generic, Self, TypeVar
+
+T = TypeVar("T")
+CLOSE_S = 5.0
+"""How long `close` waits for the thread: one that hangs in a read that never ends mustn't keep the run from ending."""
 
 
-def prefetch(items: Iterator, depth: int) -> Iterator:
+class Prefetched(Iterator[T], Generic[T]):
     """Yields `items` in their order, up to `depth` of them made ahead.
 
-    An error of `items` is raised in the consumer, after the items before it. When the consumer stops, by an error or
-    by closing this generator, the thread ends before `close` returns.
+    An error of `items` is raised in the consumer, after the items before it. Close this to end the thread.
     """
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    is_stopped = threading.Event()
 
-    def produce() -> None:
+    def __init__(self, items: Iterator[T], depth: int):
+        self._ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._produce, args=(items,), name="megascale-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        return self._take(None)
+
+    def take(self, timeout_s: float) -> T | None:
+        """The next item, or None when it isn't made within so many seconds.
+
+        Raises:
+            StopIteration: there is none any more.
+        """
+        try:
+            return self._take(timeout_s)
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        """Ends the thread, unless it hangs in the making of an item: then it is left behind after `CLOSE_S`."""
+        self._is_stopped.set()
+        deadline = time.monotonic() + CLOSE_S
+        # Room in the queue lets a waiting `put` return; the thread then sees the event.
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                self._ready.get(timeout=0.01)
+
+    def _take(self, timeout_s: float | None) -> T:
+        if self._is_stopped.is_set():
+            raise StopIteration
+        kind, value = self._ready.get(timeout=timeout_s)
+        if kind == "item":
+            return value
+        self.close()
+        raise StopIteration if kind == "end" else value
+
+    def _produce(self, items: Iterator[T]) -> None:
         try:
             for item in items:
-                ready.put(("item", item))
-                if is_stopped.is_set():
+                self._ready.put(("item", item))
+                if self._is_stopped.is_set():
                     return
-            ready.put(("end", None))
+            self._ready.put(("end", None))
         except BaseException as error:
-            ready.put(("error", error))
-
-    thread = threading.Thread(target=produce, name="megascale-prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        is_stopped.set()
-        # Room in the queue lets a waiting `put` return; the thread then sees the event.
-        while thread.is_alive():
-            with suppress(queue.Empty):
-                ready.get(timeout=0.01)
-        thread.join()
+            self._ready.put(("error", error))

@@ -1,7 +1,7 @@
 """What the training loop and the checkpoint see of an engine: settings, two values and one protocol."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -77,7 +77,7 @@ class StatePiece:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one optimizer step reports, equal on every rank.
+    """What one optimizer step reports, equal on every rank but for `compute_s`.
 
     Attributes:
         loss: mean negative log-likelihood per label token over the global batch, in nats.
@@ -87,6 +87,8 @@ class StepOutput:
         is_skipped: whether the parameters were left as they were, because a value wasn't finite.
         is_overflow: whether it was skipped for an fp16 overflow that a lower loss scale may cure.
         faults: what wasn't finite and on which rank, such as `rank 1: gradient of head.weight`.
+        compute_s: how long this rank took to its gradients, before it waited for another replica: a slow machine shows
+            here, where all else of a step is as slow on every rank. 0 when that isn't known.
     """
 
     loss: float
@@ -96,6 +98,7 @@ class StepOutput:
     is_skipped: bool = False
     is_overflow: bool = False
     faults: tuple[str, ...] = ()
+    compute_s: float = field(default=0.0, compare=False)
 
 
 class Engine(Protocol):

@@ -1,6 +1,7 @@
 """The part of a step that every engine shares: its micro-batches, forward and backward, and who met a bad value."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,6 +66,29 @@ class MicroBatchRunner:
             total += self.module(*self.objective(batch.to(self.device), 0))
         self.module.train()
         return total.item()
+
+
+class ComputeClock:
+    """Times the work of a device from here to `stop`, without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._start, self._end = self._mark(), None
+
+    def stop(self) -> None:
+        """The work that counts has been asked for."""
+        self._end = self._mark()
+
+    def seconds(self) -> float:
+        """How long it took; to be asked when the device is known to be past it."""
+        return self._start.elapsed_time(self._end) / 1000 if self._is_cuda else self._end - self._start
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def own_share(loss: float, mesh: Mesh) -> float:

@@ -1,6 +1,7 @@
 """The engine of ZeRO-0 and ZeRO-1: every rank has whole parameters and gradients; optimizer state may be shared out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 from megascale.engine.base import StatePiece, StepOutput
 from megascale.engine.flat_zero import FlatZeroOptimizer
 from megascale.engine.fragments import linked_pieces
-from megascale.engine.micro_batches import LossSum, Runner, describe_step, gather_faults, own_share
+from megascale.engine.micro_batches import ComputeClock, LossSum, Runner, describe_step, gather_faults, own_share
 from megascale.engine.precision import restore_scaler, scaler_values
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.placement import Placement
@@ -36,7 +37,9 @@ class WholeGradientEngine:
 
     def train_step(self, micro_batches: Sequence, *, step: int, num_tokens: int, learning_rate: float) -> StepOutput:
         scale = self.scaler.loss_scale
+        clock = ComputeClock(self.mesh.device)
         own_loss = self.runner.run(micro_batches, step, scale / num_tokens)
+        clock.stop()
         loss_sum = LossSum(own_loss, self.mesh.loss_group)
         self.optimizer.reduce_gradients(unscale=1.0 / scale)
         for group in self.optimizer.param_groups:
@@ -47,7 +50,7 @@ class WholeGradientEngine:
             self._faults,
         )
         self.scaler.update_scale(output.is_overflow)
-        return output
+        return replace(output, compute_s=clock.seconds())  # reading the loss has waited for the device
 
     def evaluate(self, batches: Sequence) -> float:
         return own_share(self.runner.evaluate(batches), self.mesh)

@@ -57,6 +57,7 @@ class PartitionedGradientEngine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.ds_engine.step()
+        # `compute_s` stays 0: it reduces during the backward pass, so no stretch of the step is this rank's alone.
         return describe_step(
             loss_sum, num_tokens, self.zero._global_grad_norm, scale, bool(self.zero.overflow), self.scaler.dynamic,
             self._faults,

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,13 @@ from megascale.parallel.layout import Layout
 GROUPS = (("tp",), ("cp",), ("pp",), ("dp", "cp"), ("pp", "dp", "cp"), ("pp", "tp"))
 """Axes along which groups are made, see `Mesh`."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STORE_FD_VARIABLE = "MEGASCALE_STORE_FD"
+"""Rank 0's listening socket of the rendezvous store, which its launcher has opened and bound to one interface."""
+INCARNATION_VARIABLE = "MEGASCALE_INCARNATION"
+"""Names the attempt of the run that a rank belongs to; all ranks of one attempt have the same."""
+INCARNATION_KEY = "megascale/incarnation"
+INCARNATION_S = 60.0
+"""Once it is connected, how long a rank waits for the store to say which attempt it serves: rank 0 says it at once."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Mesh:
             return ALONE
         tp_groups = self.layout.groups_along(("tp",))
         runs = [ranks[first : first + size] for ranks in tp_groups for first in range(0, len(ranks), size)]
-        return axis_of_group(make_groups(runs, self.rank))
+        return axis_of_group(make_groups(runs, self.rank, "kv"))
 
     def control_sum(self, values: list[int], dtype: torch.dtype = torch.int64) -> list:
         """Adds up a few numbers over all ranks. Cost: one all-reduce of 8 bytes a value on CPU."""
@@ -138,28 +146,70 @@ def build_mesh(layout: Layout, info: RankInfo, timeout_s: float = 1800.0) -> Mes
 def join_ranks(info: RankInfo, timeout_s: float) -> torch.device:
     """Meets the other ranks and returns this one's device.
 
-    Each attempt of a run has its own prefix in the rendezvous store: after a restart gloo would otherwise read the
-    addresses of ranks that are gone.
+    Raises:
+        LaunchError: the store belongs to another attempt of the run, which this rank or the store is left over from.
     """
     device = pick_device(info.local_rank)
     timeout = datetime.timedelta(seconds=timeout_s)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), info.world_size,
-        is_master=info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", timeout=timeout,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        store=open_store(info, timeout, os.environ),
         rank=info.rank, world_size=info.world_size, timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     return device
 
 
+def open_store(info: RankInfo, timeout: datetime.timedelta, environment: Mapping[str, str]) -> dist.Store:
+    """The rendezvous store of this attempt of the run.
+
+    Each attempt has its own prefix in the store: after a restart gloo would otherwise read the addresses of ranks that
+    are gone. Where the launcher names the attempt, rank 0 publishes that name first, and the others go on only when it
+    is theirs; so none counts as present before it has shown that it belongs.
+
+    Raises:
+        LaunchError: the store serves another attempt.
+    """
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    incarnation = environment.get(INCARNATION_VARIABLE)
+    socket = environment.get(STORE_FD_VARIABLE) if info.rank == 0 else None
+    if socket is not None:
+        os.set_inheritable(int(socket), False)
+    store = dist.TCPStore(
+        host, port, info.world_size,
+        is_master=info.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True", timeout=timeout,
+        wait_for_workers=incarnation is None, master_listen_fd=None if socket is None else int(socket),
+    )
+    if incarnation is None:
+        return dist.PrefixStore(f"attempt_{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if info.rank == 0:
+        store.set(INCARNATION_KEY, incarnation)
+    else:
+        check_incarnation(store, incarnation, f"rank {info.rank}", f"{host}:{port}")
+    return dist.PrefixStore(incarnation, store)
+
+
+def check_incarnation(store: dist.Store, own: str, who: str, where: str) -> None:
+    """Makes sure that a store serves the attempt of the run that a rank belongs to.
+
+    Raises:
+        LaunchError: it serves another one, or none that it would name.
+    """
+    try:
+        store.wait([INCARNATION_KEY], datetime.timedelta(seconds=INCARNATION_S))
+        served = store.get(INCARNATION_KEY).decode(errors="replace")
+    except dist.DistStoreError:
+        served = f"none that it has named within {INCARNATION_S:.0f} s"
+    if served != own:
+        raise LaunchError(
+            f"{who} belongs to attempt {own}, but the store at {where} serves attempt {served}: a leftover of an"
+            " earlier attempt; it was refused"
+        )
+
+
 def lay_out_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
     """Makes the groups of a layout over the ranks that have joined. Every rank calls it."""
-    groups = {axes: make_groups(layout.groups_along(axes), rank) for axes in GROUPS}
+    groups = {axes: make_groups(layout.groups_along(axes), rank, "_".join(axes)) for axes in GROUPS}
     tp, cp, pp = (axis_of_group(groups[axis,]) for axis in ("tp", "cp", "pp"))
     return Mesh(
         layout=layout,
@@ -173,8 +223,8 @@ def lay_out_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
         loss_group=groups["pp", "dp", "cp"],
         model_group=groups["pp", "tp"],
         world_group=dist.group.WORLD,
-        self_group=dist.new_group([rank], use_local_synchronization=True),
-        control_group=dist.new_group(backend="gloo"),
+        self_group=dist.new_group([rank], use_local_synchronization=True, group_desc="self"),
+        control_group=dist.new_group(backend="gloo", group_desc="control"),
     )
 
 
@@ -184,9 +234,13 @@ def close_mesh() -> None:
         dist.destroy_process_group()
 
 
-def make_groups(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
-    """Makes every group, as all ranks must in the same order; gives the one with this rank, None where none has it."""
-    made = [(ranks, dist.new_group(ranks)) for ranks in groups]
+def make_groups(groups: list[list[int]], rank: int, name: str) -> dist.ProcessGroup | None:
+    """Makes every group, as all ranks must in the same order; gives the one with this rank, None where none has it.
+
+    Args:
+        name: of the groups in torch's flight recorder, and so in a report on ranks that hang.
+    """
+    made = [(ranks, dist.new_group(ranks, group_desc=name)) for ranks in groups]
     return next((group for ranks, group in made if rank in ranks), None)
 
 
@@ -194,5 +248,5 @@ def pipeline_ends(layout: Layout, rank: int) -> Axis:
     """The first and the last pipeline rank as an axis; one of size 1 for ranks between them. Every rank calls it."""
     if layout.pp == 1:
         return ALONE
-    group = make_groups([[ranks[0], ranks[-1]] for ranks in layout.groups_along(("pp",))], rank)
+    group = make_groups([[ranks[0], ranks[-1]] for ranks in layout.groups_along(("pp",))], rank, "ends")
     return ALONE if group is None else axis_of_group(group)

@@ -10,6 +10,7 @@ from megascale.data.batch import Batch
 from megascale.data.loader import evaluation_batches
 from megascale.data.rows import Corpus
 from megascale.observe.metrics import CorpusEval, EvalRecord, build_eval_record, derive_bits_per_byte
+from megascale.parallel.heartbeat import Phase
 from megascale.train.setup import Run
 
 BATCHES_PER_STAGE = 4
@@ -23,6 +24,7 @@ def evaluate(run: Run, step: int, max_rows: int | None) -> EvalRecord | None:
         step: completed steps of the model.
         max_rows: the first so many rows of each corpus; None for all, which alone gives bits per byte of the text.
     """
+    run.pulse.enter(Phase.EVALUATE)
     started_s = time.perf_counter()
     sums: list[float] = []
     for corpus in run.validation:
@@ -56,6 +58,9 @@ def evaluate_corpus(run: Run, corpus: Corpus, max_rows: int | None) -> tuple[flo
     objective = run.loader.stream.objective
     batches = evaluation_batches(corpus, objective, micro_rows, mesh.dp_rank, mesh.layout.dp, max_rows)
     for together in batched(batches, BATCHES_PER_STAGE * mesh.pp.size):
+        run.pulse.enter(Phase.EVALUATE)  # anew each time, which shows progress
+        if mesh.rank == 0:
+            run.stop.look()
         if mesh.control_sum([int(run.stop.is_set)])[0]:
             return None
         loss_sum += run.engine.evaluate(together)

@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 from megascale.checkpoint.run_file import note_saved
 from megascale.checkpoint.state import RunState
 from megascale.config.derive import Derived
 from megascale.config.schema import RunConfig
-from megascale.data.ledger import StepCounts
+from megascale.data.ledger import NOTHING_READ, StepCounts
 from megascale.data.loader import StepData
+from megascale.data.prefetch import Prefetched
 from megascale.engine.base import StepOutput
 from megascale.errors import (
     CheckpointError,
@@ -25,19 +27,23 @@ from megascale.observe.console import say
 from megascale.observe.metrics import TrainRecord
 from megascale.observe.run_files import SKIPS_FILE, SkippedRows, append_skips
 from megascale.optim.schedules import learning_rate
+from megascale.parallel.heartbeat import Phase
 from megascale.train.evaluate import evaluate
 from megascale.train.probe import measure_probe
 from megascale.train.setup import Run
+from megascale.train.signals import STOP_FILE
 
 CHECKED_DIGESTS = 1 << 32
 """Ranks of a replica compare so many values of a step's digest; the sum over any number of ranks fits int64."""
+STALL_LOOK_S = 0.5
+"""Between two looks at what was asked of the run, while its data isn't there."""
 
 
 def train(run: Run) -> RunState:
     """Trains from `run.start` to the last step and returns the state there.
 
     Raises:
-        StopRequested: a signal asked to stop; the state is saved.
+        StopRequested: a signal or a file asked to stop; the state is saved.
         CheckpointError: a save failed that the policy, or its importance, doesn't let pass.
         NonFiniteError: a loss or gradient wasn't finite and the policy is to stop; it wasn't applied.
         DataError: a shard is missing or damaged, and the policy or its limit is to stop.
@@ -54,50 +60,109 @@ def train(run: Run) -> RunState:
             if is_complete:
                 return state
             run.timer.start()
-            data = next(steps)
-            counts, is_stopped = count_step(run, state, data)
+            run.pulse.begin_step(state.step, run.derived.batches.first_row(state.step))
+            data = wait_for_data(run, steps)
+            counts, is_stopped, is_save_asked = count_step(run, state, data)
             if is_stopped:
                 save(run, state, is_last=True)
-                raise StopRequested(f"stopped at step {state.step} of {last_step}, as asked; the same command resumes")
+                raise StopRequested(describe_stop(run, state))
+            if is_save_asked:
+                run.stop.clear_save(removes=run.mesh.rank == 0)
+                if state.step != due_step:
+                    save(run, state, is_last=False)
+                    due_step = state.step
             check_masked(run, state, counts)
-            rate = rate_of(run.config, run.derived, state.step)
-            output = run.engine.train_step(
-                # A step whose rows are all masked has no label: its gradient is zero, whatever divides it.
-                data.micro_batches, step=state.step, num_tokens=max(1, counts.labels), learning_rate=rate
-            )
+            output = take_step(run, state, data, counts)
             check_finite(run, state, output)
             state = state.advance(output, counts, run.corpus_names)
             run.timer.stop(counts.labels)
             log_step(run, state, output if counts.labels else replace(output, loss=math.nan))
 
 
-def count_step(run: Run, state: RunState, data: StepData) -> tuple[StepCounts, bool]:
-    """What the step about to be taken reads over all replicas, and whether a stop was asked for. Every rank calls it.
+def wait_for_data(run: Run, steps: Prefetched) -> StepData | None:
+    """This rank's part of the next step; None when a stop was asked for while it wasn't there.
+
+    A rank that waits looks for the file itself, where else rank 0 does for all: the others wait for this one, and so
+    can't tell it.
+    """
+    run.pulse.enter(Phase.DATA)
+    while (data := steps.take(STALL_LOOK_S)) is None:
+        run.stop.look()
+        if run.stop.is_set:
+            return None
+    return data
+
+
+def take_step(run: Run, state: RunState, data: StepData, counts: StepCounts) -> StepOutput:
+    """Forward, backward and update."""
+    run.pulse.enter(Phase.COMPUTE)
+    output = run.engine.train_step(
+        # A step whose rows are all masked has no label: its gradient is zero, whatever divides it.
+        data.micro_batches, step=state.step, num_tokens=max(1, counts.labels),
+        learning_rate=rate_of(run.config, run.derived, state.step),
+    )
+    run.pulse.end_step(output.compute_s)
+    return output
+
+
+class Agreement(NamedTuple):
+    """What all ranks know at the start of a step.
+
+    Attributes:
+        counts: what the step reads over all replicas; meaningless when it isn't taken.
+        is_stopped: whether a rank was asked to stop.
+        is_save_asked: whether a save was asked for.
+    """
+
+    counts: StepCounts
+    is_stopped: bool
+    is_save_asked: bool
+
+
+def count_step(run: Run, state: RunState, data: StepData | None) -> Agreement:
+    """What the step about to be taken reads over all replicas, and what was asked of the run. Every rank calls it.
 
     The one word that all ranks have a step; so the news of a save under way goes with it.
+
+    Args:
+        data: None on a rank that was asked to stop before its data came; no rank then takes the step.
 
     Raises:
         CheckpointError: see `note_save`.
         DataError: ranks of one replica read different rows, which damage that not all of them see can bring about.
     """
-    mesh, vector = run.mesh, data.counts.to_vector()
+    run.pulse.enter(Phase.AGREE)
+    mesh = run.mesh
+    if mesh.rank == 0:
+        run.stop.look()
+    own_counts = data.counts if data else StepCounts(0, 0, (NOTHING_READ,) * len(run.corpus_names))
+    vector = own_counts.to_vector()
     own = vector if mesh.leads_replica else [0] * len(vector)
-    for fault in data.faults if mesh.leads_replica else ():
+    for fault in data.faults if data and mesh.leads_replica else ():
         append_skips(run.folder, SkippedRows(state.step + 1, mesh.rank, *fault))
     # Digests of a replica's ranks cancel out when they are equal. Each replica has a factor of its own, or ranks that
     # read each other's rows would cancel out too.
     share = 1 - mesh.world_size // mesh.layout.dp if mesh.leads_replica else 1
-    check = share * (2 * mesh.dp_rank + 1) * data.counts.digest_sum % CHECKED_DIGESTS
-    num_stops, num_done, num_failed, mismatch, *total = mesh.control_sum(
-        [int(run.stop.is_set), *run.saver.report(), check, *own]
+    check = share * (2 * mesh.dp_rank + 1) * own_counts.digest_sum % CHECKED_DIGESTS
+    wants_save = mesh.rank == 0 and run.stop.is_save_asked
+    num_stops, num_saves, num_done, num_failed, mismatch, *total = mesh.control_sum(
+        [int(run.stop.is_set), int(wants_save), *run.saver.report(), check, *own]
     )
     note_save(run, lambda: run.saver.advance(num_done, num_failed))
-    if mismatch % CHECKED_DIGESTS:
+    if mismatch % CHECKED_DIGESTS and not num_stops:  # a rank without data matches no other
         raise DataError(
             f"step {state.step + 1}: the ranks of a replica read different rows, so a shard is good on one machine and"
             f" damaged or missing on another; {run.folder / SKIPS_FILE} lists what was masked"
         )
-    return StepCounts.from_vector(total), bool(num_stops)
+    return Agreement(StepCounts.from_vector(total), bool(num_stops), bool(num_saves))
+
+
+def describe_stop(run: Run, state: RunState) -> str:
+    """What a run says that was asked to stop, and has saved."""
+    what = f"stopped at step {state.step} of {run.config.train.max_steps}, as asked"
+    if run.stop.is_stop_file_there():
+        return f"{what} by {run.folder / STOP_FILE}; remove it, and the same command resumes"
+    return f"{what}; the same command resumes"
 
 
 def check_masked(run: Run, state: RunState, counts: StepCounts) -> None:
@@ -138,10 +203,12 @@ def save(run: Run, state: RunState, *, is_last: bool) -> None:
     Raises:
         CheckpointError: see `note_save`.
     """
+    run.pulse.enter(Phase.SAVE)
     deadline_s = agree_deadline(run) if is_last else None
     note_save(run, lambda: run.saver.finish(deadline_s))
     if state.step == run.saver.saved_step:
         return
+    run.logger.log_goodput()
     probe = run.probe and measure_probe(run.probe, run.engine, run.mesh, run.config.precision.dtype)
     run.saver.start(replace(state, optimizer_scalars=run.engine.scalars()), run.engine.state_pieces(), probe)
     if is_last:
@@ -158,6 +225,7 @@ def agree_deadline(run: Run) -> float | None:
 
 def after_saves(run: Run, error: MegascaleError) -> MegascaleError:
     """An error that all ranks are about to raise together, once the save under way has come to its end."""
+    run.pulse.enter(Phase.SAVE)
     with suppress(CheckpointError):
         run.saver.finish()
     return error
@@ -183,8 +251,9 @@ def note_save(run: Run, proceed: Callable[[], int | None]) -> None:
 
 
 def note_safe(run: Run, step: int) -> None:
-    """Tells log and run folder of a checkpoint that is safe."""
+    """Tells log, heartbeat and run folder of a checkpoint that is safe."""
     run.logger.commit(step)
+    run.pulse.note_saved(step)
     if run.mesh.rank == 0:
         note_saved(run.folder, step)
 
@@ -225,8 +294,10 @@ def check_finite(run: Run, state: RunState, output: StepOutput) -> None:
 
 def log_step(run: Run, state: RunState, output: StepOutput) -> None:
     """Logs the step just taken, when its turn has come."""
+    run.logger.note(state.step)
     if state.step % run.config.observe.log_interval_steps:
         return
+    run.pulse.enter(Phase.LOG)
     speed = run.timer.speed(run.config.train.max_steps - state.step)
     run.logger.log_train(TrainRecord(
         step=state.step,

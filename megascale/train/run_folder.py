@@ -1,5 +1,6 @@
 """The run folder: claimed by one job, known by one id, and explaining itself."""
 
+import os
 import secrets
 import subprocess
 from dataclasses import asdict, replace
@@ -16,6 +17,8 @@ from megascale.errors import CheckpointError
 from megascale.observe.run_files import (
     BASELINES_FILE,
     CONFIG_FILE,
+    GOODPUT_FILE,
+    GOODPUT_FOLDER,
     METRICS_FILE,
     REPORT_FILE,
     SAMPLE_FILE,
@@ -25,8 +28,11 @@ from megascale.observe.run_files import (
 )
 
 TOKENIZER_FILE = "tokenizer.json"
+LIFE_VARIABLE = "MEGASCALE_LIFE"
+"""Names the launcher that starts the attempts of a run one after the other, never two at once."""
 OWN_FILES = (
-    RUN_FILE, SAVED_FILE, METRICS_FILE, SESSIONS_FILE, SKIPS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE, "wandb",
+    RUN_FILE, SAVED_FILE, METRICS_FILE, SESSIONS_FILE, SKIPS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE,
+    GOODPUT_FILE, GOODPUT_FOLDER, "wandb",
 )
 """What belongs to one run and not to the folder."""
 
@@ -82,7 +88,7 @@ def _take(folder: Path, eos_id: int, url: str | None, is_fresh: bool) -> RunLeas
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: can't make the run folder: {error.strerror}; set run.folder") from None
-    lease = RunLease.take(folder)
+    lease = RunLease.take(folder, life=os.environ.get(LIFE_VARIABLE, ""))
     if is_fresh:
         set_aside(folder, OWN_FILES)
     if read_run_file(folder) is None:

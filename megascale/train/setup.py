@@ -37,6 +37,7 @@ from megascale.observe.logger import Logger
 from megascale.observe.peaks import peak_bf16_flops
 from megascale.observe.run_files import Session, append_session
 from megascale.observe.throughput import StepTimer
+from megascale.parallel.heartbeat import Heartbeat, Phase
 from megascale.parallel.layout import AXES
 from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
 from megascale.train.build import build_run_engine, layout_of
@@ -56,6 +57,8 @@ class Run:
         record: what every checkpoint says about the run.
         validation: the corpora that have a validation split.
         saver: saves checkpoints.
+        stop: what was asked of the run from outside.
+        pulse: tells who watches what this rank is doing.
         probe: what is evaluated for each checkpoint; None when none is wanted.
     """
 
@@ -72,6 +75,7 @@ class Run:
     logger: Logger
     timer: StepTimer
     stop: StopRequest
+    pulse: Heartbeat
     probe: Probe | None
 
     @property
@@ -81,7 +85,8 @@ class Run:
 
 
 def set_up(
-    config: RunConfig, source: str, info: RankInfo, stop: StopRequest, at_end: ExitStack, options: StartOptions
+    config: RunConfig, source: str, info: RankInfo, stop: StopRequest, pulse: Heartbeat, at_end: ExitStack,
+    options: StartOptions,
 ) -> Run:
     """Builds a run on this rank, resumed from its newest whole checkpoint when there is one, else begun from that of
     the run that it forks. Every rank calls it.
@@ -101,7 +106,9 @@ def set_up(
     if fork is not None:
         check_not_itself(fork, folder)
 
+    pulse.enter(Phase.JOIN)
     mesh = build_mesh(layout_of(config, derived), info)
+    pulse.enter(Phase.LOAD)
     loader = Loader(
         stream, derived.batches, config.train.micro_batch_size, mesh.dp_rank, derived.dp,
         is_pinned=mesh.device.type == "cuda",
@@ -126,9 +133,12 @@ def set_up(
     probe = _prepare_probe(config, record, checkpoint, stream, validation, engine, mesh)
     saver = _build_saver(config, store, record, mesh, lease, origin.saved_step)
     at_end.callback(saver.close)
-    logger, timer = _build_observers(config, derived, plan, folder, mesh, start, origin, record.code)
+    if saver.saved_step is not None:
+        pulse.note_saved(saver.saved_step)
+    stop.look_in(folder)
+    logger, timer = _build_observers(config, derived, plan, folder, mesh, start, origin, record.code, pulse)
     return Run(
-        config, derived, folder, mesh, loader, validation, engine, start, saver, record, logger, timer, stop,
+        config, derived, folder, mesh, loader, validation, engine, start, saver, record, logger, timer, stop, pulse,
         probe,
     )
 
@@ -193,7 +203,7 @@ def _build_saver(
 
 def _build_observers(
     config: RunConfig, derived: Derived, plan: list[tuple[str, str]], folder: Path, mesh: Mesh, start: RunState,
-    origin: Origin, code: dict[str, str],
+    origin: Origin, code: dict[str, str], pulse: Heartbeat,
 ) -> tuple[Logger, StepTimer]:
     """The logs, on rank 0 only, and the timer."""
     device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
@@ -222,6 +232,6 @@ def _build_observers(
     ))
     logger = build_logger(
         config.observe, mesh.rank, folder, start.wandb_run_id, start.step, config.train.max_steps,
-        resolved_values(config),
+        resolved_values(config), pulse=pulse,
     )
     return logger, timer

@@ -1,4 +1,4 @@
-"""Stop signals at every stage of a run: it saves, exits with code 75, and ends as if nobody had stopped it."""
+"""Stop signals and files at every stage of a run: it saves, exits with code 75, and ends as if never stopped."""
 
 import signal
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 from launcher.local import SAME_SIGNAL_S
 from megascale.errors import EXIT_RUN, EXIT_STOPPED
+from megascale.train.signals import LOOK_INTERVAL_S, SAVE_FILE, STOP_FILE
 from tests.support.faulty_run import (
     NUM_STEPS,
     assert_same_end,
@@ -19,7 +20,7 @@ from tests.support.faulty_run import (
     wait_until,
 )
 from tests.support.ranks import REPOSITORY
-from tests.support.tiny_run import command_environment, megascale, write_config
+from tests.support.tiny_run import command_environment, curve, megascale, write_config
 
 STARTING = "stopped while starting, as asked; the same command starts or resumes the run"
 STOPS = [
@@ -108,6 +109,69 @@ def test_a_second_signal_ends_the_run_at_once(config, tmp_path):
         assert "stopped at once and without saving, as asked; the same command resumes" in run.text()
         assert not any(is_alive(pid) for pid in ranks)
     assert checkpoint_names(tmp_path / "run") == ["step_00000003"]
+
+
+def test_a_stop_file_stops_the_run_until_it_is_removed(config, clean, tmp_path):
+    """Noticed within an evaluation; a run that is started again beside the file stops at once and says why.
+
+    Mutations, not tried yet: no look in an evaluation; the file ignored at the start.
+    """
+    stop_file = tmp_path / "run" / STOP_FILE
+    with faulty_run("paused_rank", tmp_path / "stop", {"phase": "evaluate", "step": 4}, config) as run:
+        run.wait_for_pause()
+        stop_file.touch()
+        time.sleep(LOOK_INTERVAL_S)
+        run.go_on()
+        assert run.end() == EXIT_STOPPED, run.text()
+        message = f"stopped at step 4 of {NUM_STEPS}, as asked by {stop_file}; remove it, and the same command resumes"
+        assert run.text().splitlines()[-1] == message
+    assert ("eval", 4) not in [line[:2] for line in curve(tmp_path / "run")]
+    again = megascale("train", config, "--nproc", "2")
+    assert again.returncode == EXIT_STOPPED
+    assert message in again.stderr
+    stop_file.unlink()
+    done = megascale("train", config, "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "run", clean)
+
+
+def test_a_save_file_saves_once_and_the_run_goes_on(config, clean, tmp_path):
+    """Mutations, not tried yet: the file not removed, so that each later step is saved; no save."""
+    options = config, "checkpoint.keep_last=99"
+    with faulty_run("paused_rank", tmp_path / "save", {"phase": "forward", "step": 4}, *options) as run:
+        run.wait_for_pause()
+        (tmp_path / "run" / SAVE_FILE).touch()
+        time.sleep(LOOK_INTERVAL_S)
+        run.go_on()
+        assert run.end() == 0, run.text()
+    assert not (tmp_path / "run" / SAVE_FILE).exists()
+    assert checkpoint_names(tmp_path / "run") == [f"step_{step:08d}" for step in (3, 5, 6, 9, 12)]
+    assert curve(tmp_path / "run") == curve(clean)
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_stop_is_noticed_while_data_does_not_come(config, clean, tmp_path, by_file):
+    """One rank waits for data for ever, the other one for it: asked to stop, both save and end within seconds.
+
+    By file, too, which the rank that waits has to see for itself.
+
+    Mutations, not tried yet: a wait without an end for data; only rank 0 looks for the file; `close` waits for the
+    thread that hangs.
+    """
+    with faulty_run("stalled_rank", tmp_path / "stall", {"rank": 1, "step": 5}, config) as run:
+        run.wait_for_pause()
+        if by_file:
+            (tmp_path / "run" / STOP_FILE).touch()
+        else:
+            run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(30) == EXIT_STOPPED, run.text()
+        assert f"stopped at step 5 of {NUM_STEPS}, as asked" in run.text()
+    assert checkpoint_names(tmp_path / "run")[-1] == "step_00000005"
+    if by_file:
+        (tmp_path / "run" / STOP_FILE).unlink()
+        done = megascale("train", config, "--nproc", "2")
+        assert done.returncode == 0, done.stderr
+        assert_same_end(tmp_path / "run", clean)
 
 
 def test_torchrun_gives_the_same_run(config, clean, tmp_path):

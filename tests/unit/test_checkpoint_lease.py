@@ -70,6 +70,38 @@ def test_a_silent_holder_on_another_machine_is_taken_over_after_a_while(tmp_path
         assert time.monotonic() - start >= 0.4
 
 
+@pytest.mark.parametrize(("life", "waits"), [("job.1", False), ("job.2", True), ("", True)])
+def test_a_holder_of_the_same_life_on_another_machine_is_known_to_be_dead(tmp_path, life, waits):
+    """Mutations seen to be caught: any life counts as the same; none counts as the same as none."""
+    with RunLease.take(tmp_path, life="job.1" if life else ""):
+        text = (tmp_path / LEASE_NAME).read_text()
+    (tmp_path / LEASE_NAME).write_text(text)
+    pretend_other_machine(tmp_path)
+    start = time.monotonic()
+    with RunLease.take(tmp_path, life=life, stale_s=0.5):
+        assert (time.monotonic() - start >= 0.5) == waits
+
+
+def test_a_held_lease_of_the_same_life_is_refused(tmp_path):
+    """A frozen rank 0, soon to be killed, holds its lock still. Mutation seen to be caught: it is passed over."""
+    with RunLease.take(tmp_path, life="job.1"), pytest.raises(CheckpointError, match="is in use by process"):
+        RunLease.take(tmp_path, life="job.1", stale_s=0.2)
+
+
+def test_a_lease_of_before_there_were_lives_counts(tmp_path):
+    """Mutation seen to be caught: its holder, of whom nothing is known to be wrong, counts as nobody."""
+    path = tmp_path / LEASE_NAME
+    with RunLease.take(tmp_path):
+        owner = json.loads(path.read_text())
+    del owner["life"]
+    path.write_text(json.dumps(owner | {"boot_id": "elsewhere", "host": "node7"}))
+    beat = threading.Timer(0.1, os.utime, [path])
+    beat.start()
+    with pytest.raises(CheckpointError, match="on node7"):
+        RunLease.take(tmp_path, life="job.1", stale_s=5.0)
+    beat.join()
+
+
 def test_a_beating_holder_on_another_machine_is_not(tmp_path):
     path = tmp_path / LEASE_NAME
     with RunLease.take(tmp_path):

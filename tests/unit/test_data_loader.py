@@ -12,7 +12,7 @@ from megascale.config.batch_plan import BatchPlan, constant_batch
 from megascale.data.ledger import StepCounts
 from megascale.data.loader import HINT_STEPS, Loader, evaluation_batches
 from megascale.data.objectives import IGNORED_LABEL, Causal
-from megascale.data.prefetch import prefetch
+from megascale.data.prefetch import Prefetched
 from megascale.data.stream import open_validation
 from megascale.errors import ConfigError, DataError
 from tests.support.corpus import make_corpus
@@ -227,7 +227,7 @@ def test_the_thread_ends_with_its_consumer():
                 is_ahead.set()  # 0 and 1 are consumed, 2 and 3 fill the queue
             yield number
 
-    made = prefetch(items(), 2)
+    made = Prefetched(items(), 2)
     assert [next(made), next(made)] == [0, 1]
     assert is_ahead.wait(30)
     assert len(prefetch_threads()) == 1
@@ -248,7 +248,7 @@ def test_errors_of_the_thread_reach_the_consumer_in_order():
         yield 2
         raise DataError("shard 7 is damaged")
 
-    made = prefetch(items(), 1)
+    made = Prefetched(items(), 1)
     assert [next(made), next(made)] == [1, 2]
     with pytest.raises(DataError, match="shard 7 is damaged"):
         next(made)
@@ -256,4 +256,4 @@ def test_errors_of_the_thread_reach_the_consumer_in_order():
 
 
 def test_prefetch_of_an_iterator_that_ends():
-    assert list(prefetch(iter(range(10)), 2)) == list(range(10))
+    assert list(Prefetched(iter(range(10)), 2)) == list(range(10))

@@ -18,8 +18,9 @@ import torch
 from megascale.checkpoint.folders import checkpoint_path, list_steps
 from megascale.checkpoint.state import RunState
 from megascale.errors import MegascaleError
+from megascale.parallel.heartbeat import Heartbeat
 from megascale.parallel.mesh import join_ranks, lay_out_mesh, read_rank_info
-from megascale.train import build, rank, setup
+from megascale.train import build, session, setup
 from megascale.train.signals import StopRequest
 
 OPTIONS = [
@@ -73,9 +74,9 @@ def poison_losses(original: Callable) -> Callable:
 
 
 def note_run_id(original: Callable) -> Callable:
-    def build_logger(config, rank_number, folder, run_id, *arguments):
+    def build_logger(config, rank_number, folder, run_id, *arguments, **named):
         seen.append(run_id)
-        return original(config, rank_number, folder, run_id, *arguments)
+        return original(config, rank_number, folder, run_id, *arguments, **named)
 
     return build_logger
 
@@ -85,7 +86,7 @@ def observe(config: str, run_folder: Path, first_step: int) -> dict:
     seen.clear()
     end = None
     try:
-        rank.run_rank([config, *OPTIONS, f"run.folder={run_folder}"], StopRequest())
+        session.run_rank([config, *OPTIONS, f"run.folder={run_folder}"], StopRequest(), Heartbeat())
     except MegascaleError as error:
         end = str(error)
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
@@ -124,7 +125,7 @@ def main() -> None:
     device = join_ranks(read_rank_info(dict(os.environ)), timeout_s=100)
     torch.set_num_threads(1)
     setup.build_mesh = lambda layout, info: lay_out_mesh(layout, info.rank, device)
-    rank.close_mesh = lambda: None
+    session.close_mesh = lambda: None
     setup._load_state = drop_at_load(setup._load_state)
     setup.build_logger = note_run_id(setup.build_logger)
     build.build_engine = poison_losses(build.build_engine)
