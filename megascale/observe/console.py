@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from megascale.observe.metrics import EvalRecord, TrainRecord
+from megascale.observe.metrics import EvalRecord, Goodput, TrainRecord
 from megascale.observe.sinks import Status
 
 
@@ -59,6 +59,15 @@ def describe_eval(record: EvalRecord) -> str:
     return "  ".join(parts)
 
 
+def describe_goodput(goodput: Goodput) -> str:
+    """Where the time went on one line: the share that trained, then what took the rest, most first."""
+    rest = sorted(goodput.parts().items(), key=lambda part: -part[1])
+    shares = [(name, 100 * spent_s / (goodput.wall_s or 1.0)) for name, spent_s in rest if name != "training"]
+    others = ", ".join(f"{name} {share:.1f} %" for name, share in shares if share >= 0.05)
+    whole = f"goodput {100 * goodput.goodput_fraction:.1f} % of {format_duration(goodput.wall_s)}"
+    return f"{whole}: {others}" if others else whole
+
+
 class _LastingConsole(Console):
     """A console whose broken pipe is an error to handle; rich's own ends the process."""
 
@@ -105,6 +114,9 @@ class ConsoleSink:
     def log_eval(self, record: EvalRecord) -> None:
         """Prints a line that stays, above the bar when there is one."""
         self._write(f"step {record.step}/{self._max_steps}  {describe_eval(record)}")
+
+    def log_goodput(self, record: Goodput) -> None:
+        """Nothing to do: the session's end says it."""
 
     def commit(self, step: int) -> None:
         """Nothing to do: the console has no memory."""

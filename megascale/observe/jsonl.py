@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from megascale.observe.metrics import EvalRecord, TrainRecord, to_json_line
+from megascale.observe.metrics import KINDS, EvalRecord, Goodput, TrainRecord, to_json_line
 from megascale.observe.run_files import METRICS_FILE, read_metrics, write_atomically
 from megascale.observe.sinks import Status
 
@@ -18,7 +18,8 @@ def rewind_metrics(run_folder: Path, resume_step: int) -> int:
     path = run_folder / METRICS_FILE
     if not path.exists():
         return 0
-    kept = {(line["step"], line["kind"]): line for line in read_metrics(run_folder) if line["step"] <= resume_step}
+    lines = read_metrics(run_folder, KINDS.values())
+    kept = {(line["step"], line["kind"]): line for line in lines if line["step"] <= resume_step}
     content = b"".join((json.dumps(line) + "\n").encode() for line in kept.values())
     if content != path.read_bytes():
         write_atomically(path, content)
@@ -50,6 +51,10 @@ class JsonlSink:
         """Appends a line; it is in the file when the call returns."""
         self._append(record)
 
+    def log_goodput(self, record: Goodput) -> None:
+        """Appends a line; it is in the file when the call returns."""
+        self._append(record)
+
     def commit(self, step: int) -> None:
         """Makes the lines durable: a checkpoint must not outlive the metrics of its steps."""
         self._write_pending()
@@ -62,7 +67,7 @@ class JsonlSink:
         finally:
             os.close(self._descriptor)
 
-    def _append(self, record: TrainRecord | EvalRecord) -> None:
+    def _append(self, record: TrainRecord | EvalRecord | Goodput) -> None:
         self._pending.append(to_json_line(record).encode())
         self._write_pending()
 

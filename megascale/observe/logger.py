@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from megascale.observe.goodput import GoodputLog
 from megascale.observe.metrics import EvalRecord, TrainRecord
 from megascale.observe.sinks import Sink, Status
 
@@ -11,12 +12,19 @@ class Logger:
 
     A sink that raises is reported once through `warn`; its later calls are tried again without a word, since a full
     disk or a lost connection may come back. The order of the sinks is the order of the calls: put the JSONL sink before
-    the W&B sink, which reads its file.
+    the W&B sink, which reads its file. The account of the run's time, where one is kept, is treated as the sinks are.
     """
 
-    def __init__(self, sinks: Sequence[Sink] = (), warn: Callable[[str], None] = print):
-        self._sinks, self._warn = tuple(sinks), warn
-        self._reported: set[Sink] = set()
+    def __init__(
+        self, sinks: Sequence[Sink] = (), warn: Callable[[str], None] = print, goodput: GoodputLog | None = None
+    ):
+        self._sinks, self._warn, self._goodput = tuple(sinks), warn, goodput
+        self._reported: set[Sink | GoodputLog] = set()
+
+    def note(self, step: int) -> None:
+        """Says that a step is completed, logged or not."""
+        if self._goodput is not None:
+            self._try(self._goodput, lambda: self._goodput.note(step))
 
     def log_train(self, record: TrainRecord) -> None:
         """Logs a step."""
@@ -26,6 +34,11 @@ class Logger:
         """Logs an evaluation; call it before `commit` of the same step."""
         self._each(lambda sink: sink.log_eval(record))
 
+    def log_goodput(self) -> None:
+        """Logs where the time went; call it when a save begins, so that its line stands among those of its step."""
+        if self._goodput is not None:
+            self._try(self._goodput, self._log_goodput)
+
     def commit(self, step: int) -> None:
         """Says that a durable checkpoint of `step` exists; call it after each save, and never before."""
         self._each(lambda sink: sink.commit(step))
@@ -33,15 +46,24 @@ class Logger:
     def close(self, status: Status) -> None:
         """Ends the session; may wait for W&B's files, for a bounded time."""
         self._each(lambda sink: sink.close(status))
+        if self._goodput is not None:
+            self._try(self._goodput, self._goodput.close)
+
+    def _log_goodput(self) -> None:
+        record = self._goodput.measure()
+        self._each(lambda sink: sink.log_goodput(record))
 
     def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
-            try:
-                call(sink)
-            except Exception as error:
-                self._report(sink, error)
+            self._try(sink, lambda sink=sink: call(sink))
 
-    def _report(self, sink: Sink, error: Exception) -> None:
+    def _try(self, sink: Sink | GoodputLog, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._report(sink, error)
+
+    def _report(self, sink: Sink | GoodputLog, error: Exception) -> None:
         if sink in self._reported:
             return
         self._reported.add(sink)

@@ -1,4 +1,4 @@
-"""The two records that a run logs, and how they look in `metrics.jsonl` and in W&B."""
+"""The three records that a run logs, and how they look in `metrics.jsonl` and in W&B."""
 
 import json
 import math
@@ -96,9 +96,65 @@ def derive_bits_per_byte(loss: float, num_tokens: int, num_bytes: int | None) ->
     return loss / math.log(2.0) * num_tokens / num_bytes if num_bytes else None
 
 
-def to_json_line(record: TrainRecord | EvalRecord) -> str:
+@dataclass(frozen=True)
+class Goodput:
+    """Where the wall time of a run went, from the begin of its first session, through all restarts, in seconds.
+
+    Attributes:
+        step: completed steps of the run.
+        compute_s: steps that count, waiting for other ranks included.
+        lost_s: steps that a fault took back, so that they're taken twice.
+        data_s: waiting for the rows of a step.
+        save_s: what training waited for while it saved.
+        evaluate_s: evaluations.
+        startup_s: from the start of the process to the loaded state.
+        other_s: logging, ending, and what else a session does.
+        down_s: between sessions: noticing a fault, queueing, and what no session told of before it was killed.
+        wall_s: all of these.
+        steps_kept: steps that count.
+        steps_redone: steps lost.
+        num_sessions: that have come as far as to train.
+        goodput_fraction: compute_s over wall_s.
+        unix_s: wall-clock time until which it counts.
+    """
+
+    step: int
+    compute_s: float
+    lost_s: float
+    data_s: float
+    save_s: float
+    evaluate_s: float
+    startup_s: float
+    other_s: float
+    down_s: float
+    wall_s: float
+    steps_kept: int
+    steps_redone: int
+    num_sessions: int
+    goodput_fraction: float
+    unix_s: float
+
+    def parts(self) -> dict[str, float]:
+        """The seconds of each part by its name for people; they add up to `wall_s`."""
+        return {
+            "training": self.compute_s,
+            "lost and redone": self.lost_s,
+            "waiting for data": self.data_s,
+            "saving": self.save_s,
+            "evaluation": self.evaluate_s,
+            "start-up": self.startup_s,
+            "other": self.other_s,
+            "down": self.down_s,
+        }
+
+
+KINDS = {TrainRecord: "train", EvalRecord: "eval", Goodput: "goodput"}
+"""What `kind` says of a line of `metrics.jsonl`."""
+
+
+def to_json_line(record: TrainRecord | EvalRecord | Goodput) -> str:
     """Renders a record as one line of strict JSON; floats survive to the bit, NaN and infinity become null."""
-    fields = {"kind": "train" if isinstance(record, TrainRecord) else "eval", **asdict(record)}
+    fields = {"kind": KINDS[type(record)], **asdict(record)}
     return json.dumps(_finite(fields), allow_nan=False) + "\n"
 
 

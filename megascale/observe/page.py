@@ -1,7 +1,11 @@
 """The HTML and CSS of the report: pure functions from values to text; whatever comes in is escaped."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from html import escape
+
+BAR_COLORS = ("#3f9a6d", "#d9562b", "#c9a227", "#3b6fd4", "#8f6fd4", "#3aa6b0", "#8a8f98", "#5a4a42")
+"""Of the parts of a bar, in order; readable on white and on black."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #5d6673; --line: #d9dde3; --page: #ffffff; --box: #f5f6f8; }
@@ -26,6 +30,8 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 td { overflow-wrap: anywhere; }
+.key { display: inline-block; margin-right: .9rem; font-size: .85rem; }
+.key i { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; border-radius: .15rem; }
 pre { background: var(--box); border-radius: .5rem; padding: 1rem; overflow-x: auto; font-size: .82rem; }
 details { margin-top: 2.5rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -80,9 +86,31 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     return f'<div class="wide"><table>{head}{"".join(_row(row, not header) for row in rows)}</table></div>'
 
 
+def stacked_bar(parts: Sequence[tuple[str, float]]) -> str:
+    """A bar divided as a whole is into its parts, by (name, size), and a legend; nothing for an empty whole."""
+    total = sum(value for _, value in parts)
+    if not total:
+        return ""
+    rects, legend, left = [], [], 0.0
+    for (name, value), color in zip(parts, itertools.cycle(BAR_COLORS)):
+        width, label = 100 * value / total, f"{escape(name)} {value / total:.1%}"
+        rects.append(
+            f'<rect x="{left:.3f}%" y="0" width="{width:.3f}%" height="24" fill="{color}"><title>{label}</title></rect>'
+        )
+        legend.append(f'<span class="key"><i style="background:{color}"></i>{label}</span>')
+        left += width
+    bar = f'<svg role="img" aria-label="Parts of the whole" style="height:24px">{"".join(rects)}</svg>'
+    return f'{bar}<p class="soft">{" ".join(legend)}</p>'
+
+
 def preformatted(text: str) -> str:
     """Text as it is."""
     return f"<pre>{escape(text)}</pre>" if text else ""
+
+
+def paragraph(text: str) -> str:
+    """A line of text."""
+    return f'<p class="soft">{escape(text)}</p>'
 
 
 def folded(title: str, content: str) -> str:

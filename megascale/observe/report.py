@@ -10,6 +10,8 @@ from megascale.errors import DataError
 from megascale.observe import page
 from megascale.observe.console import format_count, format_duration
 from megascale.observe.curves import corpora_figure, loss_figure, metric_figure, series, to_inline_svg
+from megascale.observe.goodput import derive_goodput, read_sessions, write_goodput
+from megascale.observe.metrics import Goodput
 from megascale.observe.redact import redact
 from megascale.observe.run_files import (
     BASELINES_FILE,
@@ -28,7 +30,8 @@ from megascale.observe.run_files import (
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """Writes the report of a run, finished or still running; returns its path, by default `report.html` in the folder.
 
-    It shows what the folder has: only `metrics.jsonl` must be there.
+    `goodput.json` is brought up to date, unless the report goes elsewhere. It shows what the folder has: only
+    `metrics.jsonl` must be there.
 
     Raises:
         DataError: the run has no metrics.
@@ -38,6 +41,8 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         raise DataError(f"{run_folder / METRICS_FILE} has no metrics to report; train the run for a step or more")
     fits = read_json(run_folder / BASELINES_FILE) or []
     sessions = list(read_json_lines(run_folder / SESSIONS_FILE))
+    times = read_sessions(run_folder)
+    goodput = derive_goodput(times) if times else None
     config_text = _read_text(run_folder / CONFIG_FILE)
     config = redact(yaml.safe_load(config_text) or {}) if config_text else {}
     name = config.get("run", {}).get("name", run_folder.resolve().name)
@@ -48,12 +53,15 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         page.section("Compared on the validation split", _comparison(lines, fits)),
         page.section("Optimization and speed", _small_curves(lines)),
         page.section("What it writes", page.preformatted(_read_text(run_folder / SAMPLE_FILE))),
+        page.section("Goodput", _goodput_table(goodput)),
         page.section("The run", page.table(_facts(config, sessions))),
         page.section("Sessions", _session_table(sessions)),
         page.section("Corpora", _corpus_table(lines)),
         page.section("Evaluations", _evaluation_table(lines)),
         page.folded("Config", page.preformatted(yaml.safe_dump(config, sort_keys=False) if config else "")),
     ]
+    if goodput is not None and out is None:
+        write_goodput(run_folder, goodput)
     path = out or run_folder / REPORT_FILE
     write_atomically(path, page.page(f"{name}: training report", body).encode())
     return path
@@ -155,6 +163,17 @@ def _beginning(session: dict) -> str:
     """How a session began, and what was changed or forked with it."""
     step, news = session.get("resumed_step"), session.get("news")
     return (f"resumed at step {step}" if step else "started") + (f"; {news}" if news else "")
+
+
+def _goodput_table(goodput: Goodput | None) -> str:
+    """Where the wall time went, as a bar and in numbers."""
+    if goodput is None:
+        return ""
+    parts, wall_s = goodput.parts(), goodput.wall_s or 1.0
+    rows = [(name, format_duration(spent_s), f"{spent_s / wall_s:.1%}") for name, spent_s in parts.items()]
+    rows.append(("wall time", format_duration(goodput.wall_s), ""))
+    steps = f"{goodput.steps_kept} steps count, {goodput.steps_redone} were lost; sessions: {goodput.num_sessions}"
+    return page.stacked_bar(list(parts.items())) + page.table(rows, ("", "time", "share")) + page.paragraph(steps)
 
 
 def _corpus_table(lines: list[dict]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ SESSIONS_FILE = "sessions.jsonl"
 SKIPS_FILE = "data_skips.jsonl"
 BASELINES_FILE = "baselines.json"
 SAMPLE_FILE = "sample.txt"
+GOODPUT_FILE = "goodput.json"
+GOODPUT_FOLDER = "goodput"
 REPORT_FILE = "report.html"
 
 
@@ -43,7 +45,7 @@ class Session:
 
 def append_session(run_folder: Path, session: Session) -> None:
     """Adds a line to `sessions.jsonl`."""
-    _append_line(run_folder / SESSIONS_FILE, asdict(session))
+    append_line(run_folder / SESSIONS_FILE, asdict(session))
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ class SkippedRows:
 
 def append_skips(run_folder: Path, skipped: SkippedRows) -> None:
     """Adds a line to `data_skips.jsonl`. A step taken again after a resume adds its lines again."""
-    _append_line(run_folder / SKIPS_FILE, asdict(skipped))
+    append_line(run_folder / SKIPS_FILE, asdict(skipped))
 
 
-def _append_line(path: Path, values: dict) -> None:
+def append_line(path: Path, values: dict) -> None:
     """Adds a line; a torn last line of a crashed session is closed first."""
     with open(path, "ab+") as file:
         if file.tell() and _last_byte(file) != b"\n":
@@ -139,10 +141,10 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_metrics(run_folder: Path) -> Iterator[dict]:
-    """Yields the lines of `metrics.jsonl` that are whole."""
+def read_metrics(run_folder: Path, kinds: Container[str] = ("train", "eval")) -> Iterator[dict]:
+    """Yields the lines of `metrics.jsonl` that are whole and of the kinds asked for."""
     for line in read_json_lines(run_folder / METRICS_FILE):
-        if line.get("kind") in ("train", "eval") and isinstance(line.get("step"), int):
+        if line.get("kind") in kinds and isinstance(line.get("step"), int):
             yield line
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal, Protocol
 
-from megascale.observe.metrics import EvalRecord, TrainRecord
+from megascale.observe.metrics import EvalRecord, Goodput, TrainRecord
 
 Status = Literal["finished", "stopped", "failed"]
 """How a session ended: all steps done, asked to stop and saved, or by an error."""
@@ -16,6 +16,9 @@ class Sink(Protocol):
 
     def log_eval(self, record: EvalRecord) -> None:
         """Takes the record of an evaluation."""
+
+    def log_goodput(self, record: Goodput) -> None:
+        """Takes the account of the run's time up to the step that is about to be saved."""
 
     def commit(self, step: int) -> None:
         """Learns that a durable checkpoint covers all steps up to `step`, and that all their records were logged."""

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import wandb
 
 from megascale.config.observe import WandbConfig
-from megascale.observe.metrics import EvalRecord, TrainRecord, merge_rows
+from megascale.observe.metrics import EvalRecord, Goodput, TrainRecord, merge_rows
 from megascale.observe.redact import redact
 from megascale.observe.run_files import METRICS_FILE
 from megascale.observe.sinks import Status
@@ -96,6 +96,9 @@ class WandbSink:
         """Nothing to do: the record is sent from `metrics.jsonl` once a checkpoint covers it."""
 
     def log_eval(self, record: EvalRecord) -> None:
+        """Nothing to do, as for `log_train`."""
+
+    def log_goodput(self, record: Goodput) -> None:
         """Nothing to do, as for `log_train`."""
 
     def commit(self, step: int) -> None:

@@ -1,12 +1,10 @@
 """`megascale export` through the command line, of a run that was trained."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.tiny_run import megascale
+from tests.support.tiny_run import megascale, read_metrics
 
 
 def test_a_trained_run_is_exported_checked_and_loads(clean, tmp_path):
@@ -22,7 +20,7 @@ def test_a_trained_run_is_exported_checked_and_loads(clean, tmp_path):
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout.strip() == "w1 w2" + tokenizer.decode(drawn, skip_special_tokens=True)
     card = (tmp_path / "hf" / "README.md").read_text()
-    last = [json.loads(line) for line in (clean / "metrics.jsonl").read_text().splitlines()][-1]
+    last = read_metrics(clean)[-1]
     assert f"| validation | 12 | {last['loss']:.4f} |" in card
     assert str(clean.parent) not in card
 

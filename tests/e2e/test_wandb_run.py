@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from megascale.observe.run_files import read_json_lines
 from tests.support.faulty_run import NUM_STEPS, child_pids, faulty_run, send_signal
 from tests.support.tiny_run import megascale, read_metrics, write_config
 from tests.unit.test_observe_wandb import FakeWandb, sync
@@ -52,5 +53,10 @@ def test_every_step_once_across_a_kill_and_a_stop(corpus, tmp_path, server):
     assert [row["_step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"}
     assert [row["train/loss"] for row in rows] == list(losses.values())
+    timed = {row["_step"]: row for row in rows if "goodput/goodput_fraction" in row}
+    assert list(timed) == [3, 6, 9, 10, 12]
+    killed_at, resumed_at = 7, [line["resumed_step"] for line in read_json_lines(tmp_path / "run/sessions.jsonl")]
+    assert timed[12]["goodput/num_sessions"] == len(resumed_at) == 3
+    assert timed[12]["goodput/steps_redone"] == killed_at - resumed_at[1]
     state = json.loads((tmp_path / f"run/checkpoints/step_{NUM_STEPS:08d}/index.json").read_text())["state"]
     assert list(server.rows) == [state["wandb_run_id"]]

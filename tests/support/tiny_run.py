@@ -76,8 +76,9 @@ def command_environment(**environment: str) -> dict[str, str]:
 
 
 def read_metrics(run_folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, in order."""
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl that tell of steps and evaluations, in order; what tells of time is left out."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] != "goodput"]
 
 
 def curve(run_folder: Path) -> list[tuple]:

@@ -124,7 +124,7 @@ class BrokenSink:
     def fail(self, *_):
         raise ConnectionError("gone")
 
-    log_train = log_eval = commit = close = fail
+    log_train = log_eval = log_goodput = commit = close = fail
 
 
 def test_a_failing_sink_is_reported_once_and_harms_no_other(tmp_path):
