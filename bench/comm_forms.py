@@ -12,16 +12,11 @@ section 3.2; ring Liu et al. 2023, section 3.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from math import lcm
 
 from bench.layout_cases import LayoutCase
-from megascale.model.flops import layer_costs, num_block_weights
-from megascale.parallel.stages import plan_stages, rank_of_stage, stages_of_rank
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-ALIGNMENT = 2
-"""Each rank's share of a flat parameter group is a multiple of this many elements."""
+from megascale.model.rank_share import RankShare
+from megascale.parallel.stages import rank_of_stage
 
 
 @dataclass(frozen=True)
@@ -49,107 +44,9 @@ def part(size: float, ranks: int) -> float:
     return size * (ranks - 1) / ranks
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of one rank by how the engine treats them.
-
-    Attributes:
-        matrices, vectors: decayed and other ones; each kind is one flat group.
-        whole_matrices, whole_vectors: those of them that tp doesn't cut.
-        tied: rows of a tied table of which the pipeline's other end has a copy.
-    """
-
-    matrices: int
-    vectors: int
-    whole_matrices: int
-    whole_vectors: int
-    tied: int
-
-    @property
-    def total(self) -> int:
-        return self.matrices + self.vectors
-
-
-class RankShare:
-    """What one rank of a case has of the model and of a step."""
-
-    def __init__(self, case: LayoutCase, rank: int):
-        self.case, self.config, self.derived = case, case.config(), case.derived()
-        self.model, self.parallel, self.train = self.config.model, self.config.parallel, self.config.train
-        self.at = case.layout().coordinates(rank)
-        self.zero_ranks = self.derived.dp * self.parallel.cp
-        self.bytes = BYTES[case.dtype]
-        self.micro_batches = self.derived.num_micro_batches
-
-    @cached_property
-    def stage_plan(self) -> list[range]:
-        """Layers of every stage of the model."""
-        costs = layer_costs(self.model, self.train.seq_len)
-        return plan_stages(costs, self.parallel.num_stages, self.parallel.stage_layers)
-
-    @cached_property
-    def stages(self) -> list[int]:
-        """Stages of this rank."""
-        parallel = self.parallel
-        return stages_of_rank(parallel.schedule, parallel.pp, parallel.stages_per_rank, self.at["pp"])
-
-    @cached_property
-    def layers(self) -> set[int]:
-        """Layers of this rank: 0 the embedding, 1 to L the blocks, then the final norm and the head."""
-        return {layer for stage in self.stages for layer in self.stage_plan[stage]}
-
-    @property
-    def has_embedding(self) -> bool:
-        return 0 in self.layers
-
-    @property
-    def has_norm(self) -> bool:
-        return self.model.num_layers + 1 in self.layers
-
-    @property
-    def has_head(self) -> bool:
-        return self.model.num_layers + 2 in self.layers
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.layers & set(range(1, self.model.num_layers + 1)))
-
-    @property
-    def hidden(self) -> int:
-        """Bytes of the hidden state of a micro-batch, at all positions of attention."""
-        return self.train.micro_batch_size * self.derived.attention_columns * self.model.d_model * self.bytes
-
-    @cached_property
-    def parameters(self) -> ParameterCounts:
-        """This rank's parameters, without padding."""
-        model, tp = self.model, self.parallel.tp
-        table = model.padded_vocab_size * model.d_model // tp
-        positions = model.max_seq_len * model.d_model if model.family == "gpt2" else 0
-        norm = model.d_model * (2 if model.family == "gpt2" and model.has_bias else 1)
-        qkv_biases = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-        up_biases = model.ffn_dim * (1 if model.family == "gpt2" else 2)
-        cut_biases = (qkv_biases + up_biases) // tp if model.has_bias else 0
-        whole_vectors = self.num_blocks * (2 * norm + 2 * model.d_model * model.has_bias) + norm * self.has_norm
-        holds_tie_twice = model.is_tied and self.has_embedding and self.has_head
-        tables = self.has_embedding + self.has_head - holds_tie_twice
-        whole_matrices = positions * self.has_embedding
-        return ParameterCounts(
-            matrices=self.num_blocks * num_block_weights(model) // tp + table * tables + whole_matrices,
-            vectors=self.num_blocks * cut_biases + whole_vectors,
-            whole_matrices=whole_matrices,
-            whole_vectors=whole_vectors,
-            tied=table if model.is_tied and self.has_embedding != self.has_head else 0,
-        )
-
-    def flat_parameters(self, ranks: int) -> int:
-        """Elements of both flat groups with their padding, each shared out over some ranks."""
-        unit = ALIGNMENT * ranks
-        return sum(max(1, -(-group // unit)) * unit for group in (self.parameters.matrices, self.parameters.vectors))
-
-
 def all_terms(case: LayoutCase, rank: int) -> list[Term]:
     """Everything that a rank sends in a step."""
-    share = RankShare(case, rank)
+    share = case.share(rank)
     makers = (tensor_terms, head_terms, partial_terms, context_terms, pipeline_terms, zero_terms, scalar_terms)
     return [term for make in makers for term in make(share) if term.sent]
 
@@ -308,14 +205,14 @@ def micro_batch_gradient_terms(share: RankShare, kind: str) -> Iterator[Term]:
 
 def scalar_terms(share: RankShare) -> Iterator[Term]:
     """Loss, norm and overflow."""
-    layout, stage = share.case.layout(), share.parallel.zero_stage
+    layout, stage = share.layout, share.parallel.zero_stage
     yield Term("loss", "all_reduce", "loss of the step", "8 (n-1)/n", 2 * part(4, layout.world_size // layout.tp))
     model_ranks = layout.pp * layout.tp
     if stage < 2:
         axis, ranks = ("world", layout.world_size) if stage else ("model", model_ranks)
         yield Term(axis, "all_reduce", "gradient norm", "8 (n-1)/n", 2 * part(4, ranks))
         return
-    is_checked = layout.tp > 1 or (stage == 2 and share.case.dtype != "fp32")
+    is_checked = layout.tp > 1 or (stage == 2 and share.config.precision.dtype != "fp32")
     size = 2 * (4 if stage == 2 else 8) + is_checked
     for axis, ranks in (("zero", share.zero_ranks), ("model", model_ranks)):
         yield Term(axis, "all_reduce", "gradient norm of each group, overflow flag", f"{2 * size} (n-1)/n",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from megascale.config.derive import Derived, derive
 from megascale.config.load import parse_config
 from megascale.config.schema import RunConfig
+from megascale.model.rank_share import RankShare
 from megascale.parallel.layout import Layout
 
 
@@ -52,8 +53,11 @@ class LayoutCase:
 
     def layout(self) -> Layout:
         """The sizes of the axes."""
-        parallel = self.config().parallel
-        return Layout(pp=parallel.pp, dp=self.derived().dp, cp=parallel.cp, tp=parallel.tp)
+        return self.share(0).layout
+
+    def share(self, rank: int) -> RankShare:
+        """What a rank has of the model."""
+        return RankShare(self.config(), self.derived(), rank)
 
 
 def by_name(cases: Sequence[LayoutCase]) -> dict[str, LayoutCase]:

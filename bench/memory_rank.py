@@ -20,10 +20,11 @@ from bench.figures import show_row
 from bench.layout_cases import LayoutCase
 from bench.layout_run import build_case_engine, random_batch, take_step
 from bench.memory import KEPT_CASES, STATE_CASES
-from bench.memory_forms import RankShare, kept_of_block, our_state, paper_state
+from bench.memory_forms import paper_kept, paper_state
 from megascale.engine.base import Engine
 from megascale.engine.precision import TORCH_DTYPE
 from megascale.model.block import Block
+from megascale.model.memory import kept_of_block, state_bytes
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.train.build import build_axes, build_rank_model
 from megascale.train.objective import causal_objective
@@ -75,7 +76,7 @@ def measure_state(case: LayoutCase, mesh: Mesh) -> dict:
     sizes = [size for at, size in all_storages().items() if at not in before]
     buffers = fixed_buffers(engine, case)
     return {
-        "paper": paper_state(case, mesh.rank).total, "ours": our_state(case, mesh.rank).total,
+        "paper": paper_state(case, mesh.rank).total, "ours": state_bytes(case.share(mesh.rank)).total,
         "measured": sum(size for size in sizes if size not in buffers),
     }
 
@@ -99,8 +100,8 @@ def measure_kept(case: LayoutCase, mesh: Mesh) -> dict:
     shape = config.train.micro_batch_size, case.derived().residual_columns, config.model.d_model
     kept = kept_on_gpu(block, shape, dtype, context) if device.type == "cuda" else kept_on_cpu(
         block, shape, dtype, context, [*model.parameters(), *model.buffers()])
-    forms = kept_of_block(case, is_fused=device.type == "cuda")
-    return {"paper": forms.paper, "ours": forms.ours, "measured": kept}
+    ours = kept_of_block(case.share(mesh.rank), is_fused=device.type == "cuda")
+    return {"paper": paper_kept(case), "ours": ours, "measured": kept}
 
 
 def kept_on_cpu(block: Block, shape: tuple, dtype: torch.dtype, context, others: list[torch.Tensor]) -> int:
@@ -126,7 +127,7 @@ def kept_on_gpu(block: Block, shape: tuple, dtype: torch.dtype, context) -> int:
 def show(result: dict, table: str, case: LayoutCase) -> str:
     """A row of the table."""
     sizes = [f"{result[key]:,.0f}" for key in ("paper", "ours", "measured")]
-    counted = [f"{RankShare(case, 0).parameters.total:,}"] if table == "state" else []
+    counted = [f"{case.share(0).parameters.total:,}"] if table == "state" else []
     return show_row((case.name, *counted, *sizes, f"{result['measured'] / result['ours']:.4f}"))
 
 

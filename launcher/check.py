@@ -13,6 +13,7 @@ from megascale.data.plan import describe_plan
 from megascale.data.stream import plan_stream
 from megascale.errors import LaunchError
 from megascale.model.flops import layer_costs, num_parameters, train_flops_per_token
+from megascale.model.memory import GIB, fullest_rank
 from megascale.parallel.stages import ideal_idle_fraction, plan_stages
 
 
@@ -33,6 +34,7 @@ def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | No
         *describe_stages(config, derived),
         ("parameters", f"{parameters:,}, {config.model.padded_vocab_size} rows of vocabulary included"),
         ("FLOPs per token", f"{flops:,} forward and backward; {flops * derived.total_tokens:.3g} for the run"),
+        ("memory of a rank", describe_memory(config, derived)),
         *describe_corpora(config, derived),
     ]
     for name, value in lines:
@@ -55,6 +57,19 @@ def describe_stages(config: RunConfig, derived: Derived) -> list[tuple[str, str]
         idle = ideal_idle_fraction(parallel.schedule, parallel.pp, parallel.stages_per_rank, derived.num_micro_batches)
         lines.append(("idle at best", f"{idle:.1%} of a step, with equal stages and messages that cost nothing"))
     return lines
+
+
+def describe_memory(config: RunConfig, derived: Derived) -> str:
+    """What the fullest ranks need on a GPU, by closed forms; `megascale.model.memory` says what comes on top."""
+    memory = fullest_rank(config, derived)
+    parts = {
+        "weights": memory.parameters, "gradients": memory.gradients, "optimizer": memory.optimizer,
+        "activations": memory.activations, "working": memory.working,
+    }
+    size, unit = (GIB, "GiB") if memory.total >= GIB else (GIB / 1024, "MiB")
+    listed = " + ".join(f"{name} {part / size:.2f}" for name, part in parts.items())
+    where = f", on pp rank {memory.pp_rank}" if config.parallel.pp > 1 else ""
+    return f"{memory.total / size:.2f} {unit} by formula: {listed}{where}"
 
 
 def describe_corpora(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
