@@ -9,6 +9,7 @@ import typer
 
 from data_tools.cli import app as data_app
 from launcher.checkpoint import app as checkpoint_app
+from launcher.launch_cli import app as launch_app
 from megascale.errors import EXIT_DIFFERENT, MegascaleError, StopRequested
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(launch_app, name="launch")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the config, such as train.max_steps=300.")]
@@ -143,6 +145,48 @@ def import_(
         show_section(show)
     else:
         import_weights(config, source, overrides or [], is_fresh=fresh, allows_other_tokenizer=allow_other_tokenizer)
+
+
+@app.command()
+def status(
+    run: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Say whether a run runs, waits, stopped, failed or finished, how far it is, and what to do next."""
+    from launcher.status import print_status
+
+    print_status(run, as_json=as_json)
+
+
+@app.command()
+def logs(
+    run: RunFolder,
+    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    attempt: Annotated[str | None, typer.Option(metavar="LIFE/K", help="Which attempt. Default: the newest.")] = None,
+    errors: Annotated[bool, typer.Option("--errors", help="The first error or hang report instead.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, over restarts, until the run ends.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines to show; 0 for all.")] = 100,
+) -> None:
+    """Show what a rank of a launched run has said, or what went wrong first."""
+    from launcher.logs import show_errors, show_log
+
+    if errors:
+        show_errors(run, attempt)
+    else:
+        show_log(run, rank, attempt, lines, follows=follow)
+
+
+@app.command()
+def stop(
+    run: RunFolder,
+    save: Annotated[bool, typer.Option("--save", help="Save at the next step, and train on.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has happened.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Don't save: cancel the job, or end the local launch.")] = False,
+) -> None:
+    """Ask a run to save and stop."""
+    from launcher.stop import stop_run
+
+    stop_run(run, only_saves=save, waits=wait, at_once=now)
 
 
 @app.command()

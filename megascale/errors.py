@@ -16,6 +16,9 @@ EXIT_RUN = 3
 EXIT_STOPPED = 75
 """Asked to stop, saved, and can be resumed by the same command (EX_TEMPFAIL of sysexits.h)."""
 
+EXIT_CRASH_LOOP = 93
+"""Given up: several attempts in a row ended without progress. No job is requeued after it."""
+
 EXIT_PEER_LOST = 76
 """This rank failed only because another one was gone: the launcher looks for the other's reason."""
 PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed")
@@ -25,7 +28,7 @@ PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Bro
 def redact(text: str) -> str:
     """A message without the passwords and tokens of the urls in it."""
     without_users = re.sub(r"(?<=://)[^/?\s'\"]*@", "***@", text)
-    return re.sub(r"(\w+://[^\s?'\"]*\?)[^\s'\"]+", r"\1***", without_users)
+    return re.sub(r"(?<=\w)(://[^\s?'\"]*\?)[^\s'\"]+", r"\1***", without_users)
 
 
 class MegascaleError(Exception):

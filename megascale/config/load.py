@@ -63,7 +63,7 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = [explain_problem(problem, RunConfig) for problem in error.errors()]
         raise ConfigError(f"{source}: " + f"\n{source}: ".join(problems)) from None
 
 
@@ -122,11 +122,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[name] = value
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def explain_problem(problem: dict[str, Any], root: type[BaseModel]) -> str:
+    """One of pydantic's findings in our words; `root` is the whole that was checked."""
     key = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown key `{key}`{_did_you_mean(problem['loc'])}"
+            return f"unknown key `{key}`{_did_you_mean(problem['loc'], root)}"
         case "missing":
             return f"`{key}` is missing and has no default"
         case "value_error":
@@ -136,9 +137,9 @@ def _explain(problem: dict[str, Any]) -> str:
             return f"{key} = {given!r} ({type(given).__name__}): {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _did_you_mean(location: tuple) -> str:
+def _did_you_mean(location: tuple, root: type[BaseModel]) -> str:
     *sections, name = location
-    section = _section_at(sections)
+    section = _section_at(sections, root)
     if section is None:
         return ""
     close = difflib.get_close_matches(str(name), section.model_fields, n=1, cutoff=0.5)
@@ -147,8 +148,8 @@ def _did_you_mean(location: tuple) -> str:
     return (f"; did you mean `{close[0]}`?" if close else "") + f" (keys of {where}: {legal})"
 
 
-def _section_at(sections: list) -> type[BaseModel] | None:
-    current: type[BaseModel] | None = RunConfig
+def _section_at(sections: list, root: type[BaseModel]) -> type[BaseModel] | None:
+    current: type[BaseModel] | None = root
     for name in sections:
         field = current.model_fields.get(str(name))
         if field is not None:  # else it is a key of a dict of sections, or a number in a list of them

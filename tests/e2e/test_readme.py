@@ -19,6 +19,7 @@ SMALLER = {
     "data build": ["--pattern", "asyncio/*.py", "--pattern", "email/*.py", "--validation-fraction", "0.2"],
     "train configs/quickstart.yaml run.folder=runs/forked": [
         "train.max_steps=3", "optimizer.horizon_steps=2", *TWO_LAYERS, "--fork", "runs/by-hand@1"],
+    "launch local": ["train.max_steps=2", "optimizer.horizon_steps=2", *TWO_LAYERS],
     "train": ["train.max_steps=2", "optimizer.horizon_steps=2", *TWO_LAYERS],
     "parity": ["model.num_layers=2", "model.d_model=96"],
     "generate": ["--max-tokens", "5"],
