@@ -169,7 +169,7 @@ class Controller:
             self._scribe.finish(WRITTEN_S)
             self._fleet.close()
             self._transport.requeue(action.without)
-            raise LaunchError(f"job {self._transport.job_id} was requeued, but SLURM didn't end this life of it")
+            return EXIT_OK
         self._say(action.why)
         self._update(force=True, status="ended", exit_code=action.code)
         return action.code

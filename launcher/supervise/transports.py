@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from megascale.errors import LaunchError
 from megascale.observe.console import say
 
 AGENT_MODULE = "launcher.supervise.agent"
-KILLED_WITHIN_S = 600.0
+ENDED_WITHIN_S = 600.0
+"""Longest wait for SLURM to end the life of a job that it has requeued."""
 
 
 class Transport(Protocol):
@@ -43,7 +45,7 @@ class Transport(Protocol):
         """What the scheduler says of the job; empty where nobody says."""
 
     def requeue(self, without: Iterable[str]) -> None:
-        """Puts the job back into the queue; doesn't return when that worked."""
+        """Puts the job back into the queue; returns when the scheduler ends this life of it."""
 
     def close(self) -> None:
         """Ends what it started."""
@@ -138,9 +140,10 @@ class SlurmTransport:
         """Requeues the job under its id, without some nodes, and waits for SLURM to end this life of it.
 
         Raises:
-            LaunchError: SLURM refused.
+            LaunchError: SLURM refused, or lets this life go on.
         """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        is_ended = threading.Event()  # by SIGTERM, which may come before all is said
+        signal.signal(signal.SIGTERM, lambda number, frame: is_ended.set())
         without = [node for node in without if node]
         if without:
             scontrol("requeuehold", self.job_id)
@@ -150,7 +153,8 @@ class SlurmTransport:
             scontrol("release", self.job_id)
         else:
             scontrol("requeue", self.job_id)
-        time.sleep(KILLED_WITHIN_S)
+        if not is_ended.wait(ENDED_WITHIN_S):
+            raise LaunchError(f"job {self.job_id} was requeued, but SLURM didn't end this life of it")
 
     def close(self) -> None:
         """Ends the steps."""

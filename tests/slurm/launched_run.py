@@ -105,7 +105,7 @@ class LaunchedRun:
 def write_config(folder: Path, corpus: Path) -> Path:
     """Writes the config of a run `folder/run`."""
     config = yaml.safe_load(TINY_CONFIG.format(run_folder=folder / "run", corpus=corpus))
-    config["train"] |= {"global_batch_tokens": 1024, "max_steps": NUM_STEPS}
+    config["train"] |= {"global_batch_tokens": 1024, "micro_batch_size": 4, "max_steps": NUM_STEPS}
     config["checkpoint"]["interval_steps"] = config["evaluate"]["interval_steps"] = SAVED_EVERY
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -1,7 +1,4 @@
-"""`megascale launch slurm` on a real SLURM: whatever happens to a job, the run ends as one that nobody touched.
-
-Mutations seen to be caught: see each test.
-"""
+"""`megascale launch slurm` on a real SLURM: whatever happens to a job, the run ends as one that nobody touched."""
 
 import os
 from pathlib import Path
@@ -80,7 +77,22 @@ def test_time_limit_itself_saves_and_requeues(run: LaunchedRun, reference: Path)
     assert_no_step_lost(run)
 
 
+@pytest.mark.slow
+def test_chain_goes_on_in_its_next_link(run: LaunchedRun, reference: Path):
+    """`--array-restarts 3`: the second link finishes the run, the third finds nothing to do."""
+    job = run.launch("--array-restarts", "3")
+    run.wait_for_step(5)
+    run.cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    for link in (1, 2, 3):
+        run.wait_for(f"{job}_{link}", "COMPLETED")
+    assert outcomes(run) == [Outcome.STOPPED, Outcome.DONE]
+    assert [attempt.life for attempt in run.attempts] == [f"{job}_1.0", f"{job}_2.0"]
+    assert_no_step_lost(run)
+    run.assert_ended_as(reference / "run")
+
+
 def test_scancel_saves_and_the_next_launch_goes_on(run: LaunchedRun, reference: Path):
+    """Mutation seen to be caught: every SIGTERM puts the job back into the queue, also that of scancel."""
     job = run.launch()
     run.wait_for_step(5)
     run.cluster.run("scancel", job)
