@@ -49,6 +49,10 @@ def prepare_local(request: LaunchRequest, num_ranks: int | None) -> Launch:
     """
     if request.nodes < 1:
         raise LaunchError(f"--nodes {request.nodes}: use 1 or more")
+    if count_gpus() and request.nodes + request.spares > 1:
+        raise LaunchError(f"--nodes {request.nodes} --spares {request.spares}: nodes that are only thought of would"
+                          f" share this machine's {count_gpus()} GPUs; use one node without spares, or hide the GPUs"
+                          " (CUDA_VISIBLE_DEVICES=) to train on the CPU")
     if num_ranks is None:
         usual = default_num_ranks(load_config(request.config_path, request.overrides))
         num_ranks = max(usual - usual % request.nodes, request.nodes)

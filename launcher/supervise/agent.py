@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.local import CPU_ENVIRONMENT, count_cores, count_gpus
+from launcher.submit.environment import INTERFACE_VARIABLES
 from launcher.supervise.interfaces import address_of, interface_of
 from launcher.supervise.rank_process import RankProcess
 from launcher.supervise.wire import Channel, connect, read_token
@@ -30,7 +31,6 @@ POLL_S = 0.1
 BEAT_S = 0.5
 STORE_BACKLOG = 4096
 PREFLIGHT_MODULE = "launcher.supervise.preflight"
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 class Agent:

@@ -114,7 +114,7 @@ def test_a_second_signal_ends_the_run_at_once(config, tmp_path):
 def test_a_stop_file_stops_the_run_until_it_is_removed(config, clean, tmp_path):
     """Noticed within an evaluation; a run that is started again beside the file stops at once and says why.
 
-    Mutations, not tried yet: no look in an evaluation; the file ignored at the start.
+    Mutation seen to be caught: no look in an evaluation.
     """
     stop_file = tmp_path / "run" / STOP_FILE
     with faulty_run("paused_rank", tmp_path / "stop", {"phase": "evaluate", "step": 4}, config) as run:
@@ -136,7 +136,7 @@ def test_a_stop_file_stops_the_run_until_it_is_removed(config, clean, tmp_path):
 
 
 def test_a_save_file_saves_once_and_the_run_goes_on(config, clean, tmp_path):
-    """Mutations, not tried yet: the file not removed, so that each later step is saved; no save."""
+    """Mutations seen to be caught: the file not removed; no save."""
     options = config, "checkpoint.keep_last=99"
     with faulty_run("paused_rank", tmp_path / "save", {"phase": "forward", "step": 4}, *options) as run:
         run.wait_for_pause()
@@ -155,7 +155,7 @@ def test_a_stop_is_noticed_while_data_does_not_come(config, clean, tmp_path, by_
 
     By file, too, which the rank that waits has to see for itself.
 
-    Mutations, not tried yet: a wait without an end for data; only rank 0 looks for the file; `close` waits for the
+    Mutations seen to be caught: a wait without an end for data; only rank 0 looks for the file; `close` waits for the
     thread that hangs.
     """
     with faulty_run("stalled_rank", tmp_path / "stall", {"rank": 1, "step": 5}, config) as run:

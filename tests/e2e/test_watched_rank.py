@@ -25,7 +25,7 @@ def config(corpus, tmp_path):
 
 
 def test_a_watched_run_is_the_same_run_and_tells_where_it_is(config, clean, tmp_path):
-    """Mutations, not tried yet: `end_step` or `note_saved` left out; no time of one's own in a step."""
+    """Mutations seen to be caught: `end_step` left out; `note_saved` left out."""
     with watched_ranks(RANK, tmp_path / "watch", [config]) as ranks:
         wait_until(lambda: ranks.beat(1) is not None and ranks.beat(1).step >= 0, ranks.text)
         assert ranks.wait(60) == [0, 0], ranks.text()
@@ -39,7 +39,7 @@ def test_a_watched_run_is_the_same_run_and_tells_where_it_is(config, clean, tmp_
 
 
 def test_dumps_are_made_when_asked_for_and_an_orphan_ends(config, tmp_path):
-    """Mutations, not tried yet: no end when the pipe ends; groups without names; no stacks by signal."""
+    """Mutations seen to be caught: no end when the pipe ends; groups without names; no stacks by signal."""
     folder = tmp_path / "watch"
     plan = folder / "plan.json"
     folder.mkdir()
@@ -80,7 +80,7 @@ def inodes_of(pid: int) -> set[int]:
 def test_a_leftover_of_an_earlier_attempt_is_refused(tmp_path):
     """A rank of an earlier attempt comes first to the store of the new one; the new one's ranks meet all the same.
 
-    Mutations, not tried yet: no check; ranks counted as present before it.
+    Mutation seen to be caught: no check.
     """
     leftover = run_ranks("tests.dist.programs.incarnations", 2, [str(tmp_path)], tmp_path)[1]
     assert leftover.startswith("rank 1 belongs to attempt job.0.1, but the store at 127.0.0.1:"), leftover

@@ -19,7 +19,8 @@ RANKS = 3
 
 @pytest.mark.parametrize(("how", "kind"), [("skip", HangKind.STEP), ("other", HangKind.DESYNC)])
 def test_the_rank_that_skips_a_collective_or_calls_another_is_named(how, kind, tmp_path):
-    """Mutation seen caught: entries that gloo has retired taken for waits (state alone is `scheduled` for all)."""
+    """gloo's state is `scheduled` for ever: only `retired` tells that a collective is over. Mutation seen to be caught:
+    `retired` ignored."""
     pipes = [os.pipe() for _ in range(RANKS)]
     ranks = []
     try:

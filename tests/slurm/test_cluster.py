@@ -47,7 +47,6 @@ def test_nodes_have_host_name_shm_and_processes_of_their_own(cluster: SlurmClust
 
 
 def test_requeued_job_keeps_its_id_and_counts_restarts(cluster: SlurmCluster, tmp_path: Path):
-    """Caught: cred_expire left at 120 s (the job doesn't start again in time)."""
     log = tmp_path / "log"
     job = cluster.submit("echo restart=$SLURM_RESTART_COUNT; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 60",
                          "--requeue", "--open-mode=append", f"--output={log}")
@@ -77,7 +76,6 @@ def test_scancel_signals_the_batch_shell_and_the_step(cluster: SlurmCluster, tmp
 
 
 def test_job_of_a_killed_node_is_requeued_on_the_others(cluster: SlurmCluster, tmp_path: Path):
-    """Caught: kill_node that kills slurmd alone (the job runs on)."""
     log = tmp_path / "log"
     job = cluster.submit("srun hostname; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 120", "-N2", "--requeue",
                          "--open-mode=append", f"--output={log}")
@@ -94,7 +92,6 @@ def test_job_of_a_killed_node_is_requeued_on_the_others(cluster: SlurmCluster, t
 
 
 def test_job_outlives_restarts_of_both_daemons(cluster: SlurmCluster, tmp_path: Path):
-    """Caught: restart_controller with -c, which forgets the jobs."""
     go, log = tmp_path / "go", tmp_path / "log"
     script = f"srun sh -c 'until [ -e {go} ]; do sleep 0.1; done; hostname'"
     job = cluster.submit(script, "-w", "node2", f"--output={log}")
@@ -109,7 +106,7 @@ def test_job_outlives_restarts_of_both_daemons(cluster: SlurmCluster, tmp_path: 
 
 
 def test_job_in_high_preempts_one_in_debug(cluster: SlurmCluster, tmp_path: Path):
-    """Its batch shell is warned first. Caught: SlurmctldParameters without preempt_send_user_signal."""
+    """Its batch shell is warned first."""
     seen = tmp_path / "seen"
     cluster.submit(f"trap 'echo USR1 >> {seen}; exit' USR1; echo began >> {seen}; sleep 120 & wait", "-N3",
                    "--exclusive", "--requeue", "--signal=B:USR1@30", "--time=10", "-o", "/dev/null")
@@ -120,7 +117,6 @@ def test_job_in_high_preempts_one_in_debug(cluster: SlurmCluster, tmp_path: Path
 
 
 def test_paused_node_stands_still(cluster: SlurmCluster, tmp_path: Path):
-    """Caught: pause without resume's counterpart, SIGSTOP sent to slurmd alone."""
     ticks = tmp_path / "ticks"
     cluster.submit(f"while :; do echo x >> {ticks}; sleep 0.05; done", "-w", "node3", "-o", "/dev/null")
     cluster.wait_until(lambda: lines_of(ticks), "the job ticks", timeout_s=20)
@@ -133,7 +129,6 @@ def test_paused_node_stands_still(cluster: SlurmCluster, tmp_path: Path):
 
 
 def test_cut_node_is_out_of_reach_until_mended():
-    """Caught: mend_node that sets the link down."""
     if not can_isolate("net"):
         pytest.skip("networks of their own for nodes need root and iproute2")
     with SlurmCluster(nodes=1, isolation="net") as cluster:
@@ -154,7 +149,7 @@ def test_cut_node_is_out_of_reach_until_mended():
 
 
 def test_cluster_of_a_killed_process_is_gone(tmp_path: Path):
-    """Also with a job and a paused node. Caught: daemons started without setpriv; a node that waits for zombies."""
+    """Also with a job and a paused node. Caught: daemons started without setpriv."""
     program = (
         "import sys, time\nfrom tests.slurm.cluster import SlurmCluster\n"
         "with SlurmCluster(nodes=2) as cluster:\n"

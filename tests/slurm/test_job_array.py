@@ -14,7 +14,7 @@ COUNT = 3
 
 
 def test_array_tokenizes_and_a_dependent_job_merges(cluster: SlurmCluster, tmp_path: Path):
-    """Also when one task is requeued while it runs. Caught: the variable of the array's task id read as the job's."""
+    """Also when one task is requeued while it runs."""
     text = make_text(tmp_path / "text")
     built = megascale("data", "build", text, "--out", tmp_path / "whole", "--vocab-size", "300", "--workers", "1",
                       "--validation-fraction", "0.2")

@@ -82,7 +82,7 @@ def test_chain_goes_on_in_its_next_link(run: LaunchedRun, reference: Path):
     """`--array-restarts 3`: the second link finishes the run, the third finds nothing to do."""
     job = run.launch("--array-restarts", "3")
     run.wait_for_step(5)
-    run.cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    run.cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1", check=False)  # exit code 229, but sent
     for link in (1, 2, 3):
         run.wait_for(f"{job}_{link}", "COMPLETED")
     assert outcomes(run) == [Outcome.STOPPED, Outcome.DONE]
@@ -101,6 +101,19 @@ def test_scancel_saves_and_the_next_launch_goes_on(run: LaunchedRun, reference: 
     assert fields["Restarts"] == "0"
     run.wait_for(run.launch(), "COMPLETED")
     assert run.cluster.job(job)["JobState"] == "CANCELLED"
+    assert outcomes(run) == [Outcome.STOPPED, Outcome.DONE]
+    assert_no_step_lost(run)
+    run.assert_ended_as(reference / "run")
+
+
+@pytest.mark.slow
+def test_preempted_run_saves_and_goes_on(run: LaunchedRun, reference: Path):
+    """A job of a higher partition takes the nodes; SLURM warns as before a time limit."""
+    job = run.launch()
+    run.wait_for_step(5)
+    other = run.cluster.submit("sleep 5", "--partition=high", "--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=4")
+    run.wait_for(job, "COMPLETED", restarts=1)
+    assert run.cluster.job(other)["JobState"] == "COMPLETED"
     assert outcomes(run) == [Outcome.STOPPED, Outcome.DONE]
     assert_no_step_lost(run)
     run.assert_ended_as(reference / "run")

@@ -51,7 +51,7 @@ def test_other_errors_come_after_the_cause():
 
 
 def test_memory_is_told_with_its_numbers():
-    """Mutation seen caught: the cgroup's numbers left out; SIGKILL without numbers called out of memory for sure."""
+    """SIGKILL without the kernel's numbers isn't called out of memory for sure."""
     killed = end(3, -signal.SIGKILL, oom={"limit_bytes": 2 << 30, "peak_bytes": 3 << 29})
     assert summarize([killed]) == "rank 3 on node0: killed by SIGKILL: out of memory, says the kernel:" \
         " limit 2.00 GiB, peak 1.50 GiB (cgroup)"

@@ -142,6 +142,9 @@ def test_local_nodes_share_the_ranks(place, monkeypatch):
     assert (plans[0].nodes, plans[0].spares, plans[0].ranks_per_node) == (2, 1, 2)
     with pytest.raises(LaunchError, match=r"--nproc 3: .* evenly over --nodes 2; use --nproc 2 or 4"):
         launch_local(request, 3, lambda path: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(LaunchError, match="would share this machine's 2 GPUs"):
+        launch_local(request, 2, lambda path: 0)
 
 
 def test_torchruns_command_has_its_environment(place):
