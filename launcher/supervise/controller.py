@@ -52,6 +52,8 @@ AGENTS_S = 60.0
 NEW_AGENT_S = 20.0
 """Longest wait for another agent on a node that lost its own."""
 STATE_S = 1.0
+FOLLOW_S = 0.5
+"""Between two looks at rank 0's log."""
 WRITTEN_S = 10.0
 """Longest wait for a file system before what it should have taken is given up."""
 TOKEN_FILE = "token"
@@ -236,11 +238,13 @@ class Controller:
         return record
 
     def _supervise(self, attempt: Attempt, follower: Follower) -> None:
-        obeyed, is_shown = 0, False
+        obeyed, is_shown, followed_s = 0, False, 0.0
         while not attempt.find_fault() and not attempt.is_over:  # all may have failed since the last look
             for event in self._fleet.events(0.1):
                 self._handle(event)
-            self._scribe.post("log", follower.pass_on)
+            if time.monotonic() - followed_s > FOLLOW_S:
+                followed_s = time.monotonic()
+                self._scribe.post("log", follower.pass_on)
             if self._asked.count > obeyed:
                 obeyed = self._asked.count
                 self._say(f"asked to stop ({self._asked.reason}): "
