@@ -1,5 +1,6 @@
 """One attempt of a run: all ranks started together, watched from outside, and gone together."""
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -60,7 +61,6 @@ class Attempt:
         self.first_step_s: float | None = None
         self._store: dict | None = None
         self._gone: set[str] = set()
-        self._dumped: set[str] = set()
         self._loss: Loss | None = None
         self._hang: Hang | None = None
         self._fault_s: float | None = None
@@ -68,7 +68,8 @@ class Attempt:
         self._stopped_since: dict[int, float] = {}
         self._blame: Blame | None = None
         self._summary = ""
-        self._killed_unix_s = float("inf")
+        self._is_asked = self._is_killed = False
+        self._own_ends: list[RankEnd] = []
 
     def start(self) -> None:
         """Opens the rendezvous on the first node and starts all ranks; a node that fails at it shows as lost."""
@@ -116,11 +117,16 @@ class Attempt:
         elif event.type == "gone":
             self._gone.add(event.node)
 
-    def find_fault(self) -> bool:
-        """Looks for a reason to end the attempt: a failed rank, a lost node, a hang."""
+    def find_fault(self, *, is_asked: bool = False) -> bool:
+        """Looks for a reason to end the attempt: a failed rank, a lost node, a hang.
+
+        Args:
+            is_asked: whether the run was asked to stop; ranks that were still starting then simply end.
+        """
+        self._is_asked = self._is_asked or is_asked
         if self._fault_s is not None:
             return True
-        if not self._loss and not any(is_failure(end) for end in self.ends.values()):
+        if not self._loss and not self._failed_ends():
             views = [view for rank, view in self.views.items() if rank not in self.ends]
             self._hang = find_hang(views, self._plan.cluster.limits) if views else None
             if self._hang is None:
@@ -152,7 +158,7 @@ class Attempt:
 
     def kill(self) -> None:
         """Ends all ranks at once; a node that doesn't is cut off, and ends them itself."""
-        self._killed_unix_s = time.time() + 0.2
+        self._is_killed = True
         self._fleet.tell(self.nodes, {"type": "kill", "attempt": self._number})
         if not self._fleet.wait(lambda: self.is_over, self.handle, GONE_S):
             for node in set(self.nodes) - self._gone:
@@ -180,7 +186,7 @@ class Attempt:
         if self._hang is not None:
             known = self._blame.ranks if self._blame and self._blame.is_known else ()
             return sorted({self.node_of(rank) for rank in known})
-        failed = [end for end in self.ends.values() if is_failure(end)]
+        failed = self._failed_ends()
         first = first_cause(failed) if failed else None
         return [first.node] if first is not None and first.code < 0 else []
 
@@ -190,23 +196,30 @@ class Attempt:
 
     def _judge(self) -> tuple[str, str, str, float | None]:
         """Outcome, culprit, reason, and how long the fault took to be found."""
-        failed = [end for end in self.ends.values() if is_failure(end)]
+        failed = self._failed_ends()
         if self._loss:
             return Outcome.NODE_LOST, self._loss.node, f"{self._loss.node}: {self._loss.reason}", self._loss.silent_s
         if self._hang is not None:
             who = ", ".join(f"rank {rank} on {self.node_of(rank)}" for rank in self._blame.ranks[:4])
             return Outcome.HUNG, who, self._summary, self._hang.silent_s
         if failed:
-            first, ends = first_cause(failed), [e for e in self.ends.values() if e.unix_s <= self._killed_unix_s]
-            write_first_error(self.folder / FIRST_ERROR_FILE, ends)
-            who, reason = f"rank {first.rank} on {first.node}", summarize(ends)
+            first = first_cause(failed)
+            write_first_error(self.folder / FIRST_ERROR_FILE, self._own_ends)
+            who, reason = f"rank {first.rank} on {first.node}", summarize(self._own_ends)
             detected_s = max(0.0, time.time() - first.unix_s - (time.monotonic() - self._fault_s))
             is_refusal = first.code == EXIT_USER and self.first_step_s is None
             return Outcome.REFUSED if is_refusal else Outcome.FAILED, who, reason, detected_s
+        if self._is_killed:
+            return Outcome.FAILED, "", "ended at once, as asked, without saving", None
         is_done = len(self.ends) == self._plan.world_size and all(e.code == EXIT_OK for e in self.ends.values())
         if is_done:
             return Outcome.DONE, "", "", None
         return Outcome.STOPPED, "", self._last_words(), None
+
+    def _failed_ends(self) -> list[RankEnd]:
+        """Ends of ranks that nobody ended, and that are faults."""
+        return [end for end in self._own_ends
+                if is_failure(end) and not (self._is_asked and end.code == -signal.SIGTERM)]
 
     def _last_words(self) -> str:
         stopped = [end for end in self.ends.values() if end.code == EXIT_STOPPED and end.tail.strip()]
@@ -234,6 +247,8 @@ class Attempt:
         known = RankEnd.__dataclass_fields__
         end = RankEnd(node=node, **{name: value for name, value in message.items() if name in known})
         self.ends[end.rank] = end
+        if not self._is_killed:
+            self._own_ends.append(end)
 
     def _collect_dumps(self) -> None:
         views = [view for rank, view in self.views.items() if rank not in self.ends]  # as they are, before the thaw

@@ -239,7 +239,7 @@ class Controller:
 
     def _supervise(self, attempt: Attempt, follower: Follower) -> None:
         obeyed, is_shown, followed_s = 0, False, 0.0
-        while not attempt.find_fault() and not attempt.is_over:  # all may have failed since the last look
+        while not attempt.find_fault(is_asked=self._asked.count > 0) and not attempt.is_over:
             for event in self._fleet.events(0.1):
                 self._handle(event)
             if time.monotonic() - followed_s > FOLLOW_S:

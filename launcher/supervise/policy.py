@@ -83,8 +83,9 @@ def decide(situation: Situation) -> Action:
     if last.outcome == Outcome.REFUSED:
         return End(EXIT_USER, f"refused: {last.reason}")
     if situation.asked or (last.outcome == Outcome.STOPPED and not situation.is_replacing):
-        saved = f"stopped at step {last.ended_step}"
-        return _after_stop(situation, saved if last.outcome == Outcome.STOPPED else f"asked to stop; {last.reason}")
+        if last.outcome == Outcome.STOPPED:
+            return _after_stop(situation, f"stopped at step {last.ended_step}", EXIT_STOPPED)
+        return _after_stop(situation, f"asked to stop; {last.reason}", EXIT_RUN)
     fruitless = count_fruitless(situation.attempts)
     if fruitless >= situation.max_attempts:
         return End(EXIT_CRASH_LOOP, f"given up: {fruitless} attempts in a row ended without a new checkpoint, the last"
@@ -95,7 +96,7 @@ def decide(situation: Situation) -> Action:
 def choose_nodes(situation: Situation) -> Action:
     """Starts on the first nodes that may train, or goes back to the queue for others."""
     if situation.asked:
-        return _after_stop(situation, "asked to stop before it began")
+        return _after_stop(situation, "asked to stop before it began", EXIT_STOPPED)
     if len(situation.usable) >= situation.needed:
         return Restart(tuple(situation.usable[: situation.needed]))
     lacking = f"{len(situation.usable)} of {situation.needed} nodes can train"
@@ -106,9 +107,9 @@ def choose_nodes(situation: Situation) -> Action:
     return End(EXIT_RUN, f"{lacking}: {describe_excluded(situation.excluded)}")
 
 
-def _after_stop(situation: Situation, saved: str) -> Action:
+def _after_stop(situation: Situation, saved: str, code: int) -> Action:
     if situation.job_state == "CANCELLED":
-        return End(EXIT_STOPPED, f"{saved} (cancelled); the same launch goes on from there")
+        return End(code, f"{saved} (cancelled); the same launch goes on from there")
     if situation.job_state not in ("", "RUNNING"):
         return End(EXIT_OK, f"{saved} (job {situation.job_state.lower()}); the scheduler has it")
     goes_on = situation.asked in ("time limit", "terminated")
@@ -116,7 +117,7 @@ def _after_stop(situation: Situation, saved: str) -> Action:
         return End(EXIT_OK, f"{saved} ({situation.asked}); the next link of the array goes on")
     if goes_on and situation.can_requeue:
         return Requeue(f"{saved} ({situation.asked})")
-    return End(EXIT_STOPPED, f"{saved}, as asked ({situation.asked or 'by a signal or file'})")
+    return End(code, f"{saved}, as asked ({situation.asked or 'by a signal or file'})")
 
 
 def count_fruitless(attempts: Sequence[AttemptRecord]) -> int:
