@@ -1,7 +1,8 @@
 """Every config of a real target is legal on the GPUs that its name says, fits them, and its header tells the truth.
 
 Mutations seen to be caught: gradients of 2 bytes; a pass less under way in interleaved_1f1b; the factor of passes
-left out; a halved d_ff of llama-70b; a header left over from another micro-batch or tp; the input of a half kept when offloaded.
+left out; a halved d_ff of llama-70b; a header left over from another micro-batch or tp; the input of a half kept when
+offloaded.
 """
 
 import re

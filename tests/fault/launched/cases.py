@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from megascale.errors import EXIT_CRASH_LOOP, EXIT_USER
+from megascale.train.signals import LOOK_INTERVAL_S
 from tests.fault.launched.score import Case
 from tests.support.faulty_run import child_pids, is_alive, send_signal, wait_until
 from tests.support.launched_run import LaunchedRun, Shape, environment_of
@@ -69,6 +70,7 @@ def ask_by_file(name: str):
     def act(run: LaunchedRun) -> None:
         run.wait_for_fault()
         (run.run_folder / name).touch()
+        time.sleep(LOOK_INTERVAL_S)  # the next look comes then; what is left of the run may be shorter
         run.go_on()
         if name == "STOP":
             run.wait()
