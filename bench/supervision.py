@@ -26,9 +26,9 @@ from bench.step_overhead import SHAPES
 from launcher.local import rank_environment
 from launcher.supervise.agent import BEAT_S
 from launcher.supervise.attempt import FLIGHT_RECORDER
-from megascale.parallel.heartbeat import HEARTBEAT_VARIABLE, read_beat
+from megascale.parallel.heartbeat import read_beat
+from megascale.parallel.supervision import DUMP_VARIABLE, HEARTBEAT_VARIABLE, WATCH_VARIABLE
 from megascale.train.signals import stop_when_parent_dies
-from megascale.train.watch import DUMP_VARIABLE, WATCH_VARIABLE
 
 RANKS = 2
 WATCHED, PLAIN, AGAIN = "watched", "plain", "plain again"

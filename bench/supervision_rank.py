@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from bench.step_overhead import shape_of
 from bench.step_rank import our_step, random_batch
-from megascale.parallel.heartbeat import HEARTBEAT_VARIABLE, Heartbeat, Phase
+from megascale.parallel.heartbeat import Heartbeat, Phase
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import lay_out_mesh
+from megascale.parallel.supervision import HEARTBEAT_VARIABLE
 from megascale.train.watch import start_watch
 
 NUM_BATCHES = 8

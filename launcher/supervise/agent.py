@@ -25,6 +25,7 @@ from launcher.supervise.interfaces import address_of, interface_of
 from launcher.supervise.rank_process import RankProcess
 from launcher.supervise.wire import Channel, connect, read_token
 from megascale.errors import LaunchError
+from megascale.parallel.supervision import DUMP_VARIABLE, HEARTBEAT_VARIABLE, STORE_FD_VARIABLE
 from megascale.train.signals import STOP_SIGNALS
 
 POLL_S = 0.1
@@ -124,7 +125,7 @@ class Agent:
             own = self._rank_environment(message, rank, local_rank, len(message["ranks"]))
             inherited = (self._store.fileno(),) if rank == 0 and self._store else ()
             heartbeat = self._folder / f"rank_{message['attempt']}_{rank}"
-            own |= {"MEGASCALE_HEARTBEAT": str(heartbeat), "MEGASCALE_DUMP_FOLDER": str(folder)}
+            own |= {HEARTBEAT_VARIABLE: str(heartbeat), DUMP_VARIABLE: str(folder)}
             self._ranks.append(RankProcess(
                 rank, message["command"], os.environ | own, folder, heartbeat, cores[local_rank], inherited,
             ))
@@ -138,7 +139,7 @@ class Agent:
         own |= dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
         own |= message["environment"] | {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         if rank == 0 and self._store:
-            own["MEGASCALE_STORE_FD"] = str(self._store.fileno())
+            own[STORE_FD_VARIABLE] = str(self._store.fileno())
         return own
 
     def _do_signal(self, message: dict) -> None:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 from launcher.local import RANK_MODULE
 from launcher.submit.plan import LaunchPlan
-from launcher.supervise import hang_report
 from launcher.supervise.first_error import FIRST_ERROR_FILE, RankEnd, first_cause, summarize, write_first_error
 from launcher.supervise.fleet import Event, Fleet
 from launcher.supervise.hang import STOPPED_STATE, Blame, Hang, RankView, find_culprit, find_hang
+from launcher.supervise.hang_report import REPORT_FILE, summarize_hang, write_hang_report
 from launcher.supervise.rank_dumps import read_dumps
 from launcher.supervise.records import AttemptRecord, Outcome
 from megascale.checkpoint.folders import list_steps
 from megascale.checkpoint.run_file import read_saved
 from megascale.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from megascale.parallel.heartbeat import Beat, Phase
+from megascale.parallel.supervision import INCARNATION_VARIABLE, LIFE_VARIABLE
 
 STORE_S = 15.0
 GRACE_S = 1.5
@@ -26,7 +27,8 @@ GRACE_S = 1.5
 GONE_S = 10.0
 """A node that hasn't ended its ranks after so long is cut off."""
 DUMP_S = 4.0
-HANG_REPORT_FILE = "hang_report.md"
+HANG_LOOK_S = 0.5
+"""Between two looks for a hang, which go over all ranks."""
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000"}
 
 
@@ -63,6 +65,7 @@ class Attempt:
         self._gone: set[str] = set()
         self._loss: Loss | None = None
         self._hang: Hang | None = None
+        self._hang_looked_s = float("-inf")
         self._fault_s: float | None = None
         self._looked_since: dict[int, float] = {}
         self._stopped_since: dict[int, float] = {}
@@ -86,8 +89,8 @@ class Attempt:
         incarnation = f"{self._life}.{self._number}"
         environment = FLIGHT_RECORDER | cluster.environment | {
             "WORLD_SIZE": str(self._plan.world_size), "MASTER_ADDR": self._store["host"],
-            "MASTER_PORT": str(self._store["port"]), "MEGASCALE_INCARNATION": incarnation,
-            "MEGASCALE_LIFE": self._life,
+            "MASTER_PORT": str(self._store["port"]), INCARNATION_VARIABLE: incarnation,
+            LIFE_VARIABLE: self._life,
         }
         each = self._plan.ranks_per_node
         for index, node in enumerate(self.nodes):
@@ -127,6 +130,9 @@ class Attempt:
         if self._fault_s is not None:
             return True
         if not self._loss and not self._failed_ends():
+            if time.monotonic() - self._hang_looked_s < HANG_LOOK_S:
+                return False
+            self._hang_looked_s = time.monotonic()
             views = [view for rank, view in self.views.items() if rank not in self.ends]
             self._hang = find_hang(views, self._plan.cluster.limits) if views else None
             if self._hang is None:
@@ -258,9 +264,9 @@ class Attempt:
         self._fleet.wait(self._has_dumps, self.handle, 1.0)
         dumps = read_dumps(self.folder, self._plan.world_size)
         self._blame = find_culprit(self._hang, views, dumps)
-        self._summary = hang_report.summarize(self._hang, self._blame, views)
+        self._summary = summarize_hang(self._hang, self._blame, views)
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        hang_report.write_hang_report(self.folder / HANG_REPORT_FILE, self._hang, self._blame, views, dumps, now)
+        write_hang_report(self.folder / REPORT_FILE, self._hang, self._blame, views, dumps, now)
 
     def _has_dumps(self) -> bool:
         awaited = self._plan.world_size - len(self.ends)

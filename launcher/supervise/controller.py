@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.submit.plan import MAX_NODE_FAULTS, LaunchPlan
-from launcher.supervise.attempt import HANG_REPORT_FILE, Attempt, newest_saved
+from launcher.supervise.attempt import Attempt, newest_saved
 from launcher.supervise.first_error import FIRST_ERROR_FILE
 from launcher.supervise.fleet import Event, Fleet
+from launcher.supervise.hang_report import REPORT_FILE
 from launcher.supervise.policy import (
     REPLACED_RATIO,
     End,
@@ -238,7 +239,7 @@ class Controller:
         return record
 
     def _supervise(self, attempt: Attempt, follower: Follower) -> None:
-        obeyed, is_shown, followed_s = 0, False, 0.0
+        obeyed, is_shown, followed_s, reported_s = 0, False, 0.0, 0.0
         while not attempt.find_fault(is_asked=self._asked.count > 0) and not attempt.is_over:
             for event in self._fleet.events(0.1):
                 self._handle(event)
@@ -256,7 +257,9 @@ class Controller:
             if attempt.environment and not is_shown:
                 is_shown = True
                 self._show_environment(attempt.environment)
-            self._report_progress(attempt)
+            if time.monotonic() - reported_s > STATE_S:
+                reported_s = time.monotonic()
+                self._report_progress(attempt)
         if not attempt.is_over:
             attempt.take_down(0.0 if obeyed > 1 else 1.5)
 
@@ -291,7 +294,7 @@ class Controller:
             return
         self._update(force=True, status="restarting", last_fault=f"{record.outcome}: {record.reason}")
         self._say(f"attempt {record.attempt} {record.outcome}: {record.reason}")
-        for name in (FIRST_ERROR_FILE, HANG_REPORT_FILE):
+        for name in (FIRST_ERROR_FILE, REPORT_FILE):
             if (attempt.folder / name).exists():
                 self._say(f"see {attempt.folder / name}")
         if record.outcome == Outcome.NODE_LOST:

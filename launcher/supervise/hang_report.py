@@ -53,7 +53,7 @@ def write_hang_report(
     write_atomically(path, ("\n".join(parts).rstrip() + "\n").encode())
 
 
-def summarize(hang: Hang, blame: Blame, views: Sequence[RankView]) -> str:
+def summarize_hang(hang: Hang, blame: Blame, views: Sequence[RankView]) -> str:
     """The hang in one line: who, where, since when, doing what."""
     nodes = sorted({view.node for view in views if view.rank in blame.ranks})
     who = f"{describe_ranks(blame.ranks)} on {', '.join(nodes)}"
@@ -65,7 +65,7 @@ def summarize(hang: Hang, blame: Blame, views: Sequence[RankView]) -> str:
 
 def _head(hang: Hang, blame: Blame, views: Sequence[RankView], dumps: Dumps, now: str) -> str:
     by_rank = {view.rank: view for view in views}
-    lines = ["# Hang report", "", f"**{summarize(hang, blame, views)}**", "", f"- how it shows: {blame.reason}"]
+    lines = ["# Hang report", "", f"**{summarize_hang(hang, blame, views)}**", "", f"- how it shows: {blame.reason}"]
     if now:
         lines.append(f"- found: {now}")
     rows = sorted({by_rank[rank].beat.first_row for rank in blame.ranks if rank in by_rank and by_rank[rank].beat})

@@ -12,7 +12,7 @@ STRAGGLER_RATIO = 1.08
 """A rank that computes so many times as long as the median rank is named: well above noise, below the 10 % that cost a
 whole cluster a tenth of its speed."""
 SCATTERS = 5.0
-"""So many times the median deviation of the others from their median lies beyond chance (3.4 standard deviations)."""
+"""So many times the median deviation from the median lies beyond chance (3.4 standard deviations)."""
 STRAGGLER_STEPS = 5
 """Steps in a row for which a rank must be slow before it is named."""
 REPLACED_RATIO = 3.0
@@ -136,23 +136,21 @@ def describe_excluded(excluded: Mapping[str, str]) -> str:
 
 
 def find_stragglers(beats: Mapping[int, Beat]) -> dict[int, float]:
-    """Ranks that compute longer than the others: rank -> how many times as long as the median of the others.
+    """Ranks that compute longer than the others: rank -> how many times as long as the median rank.
 
     Measured over `COMPUTE_WINDOW` steps, without the time that a rank waits for others, and only beyond the scatter of
-    the others. Ranks that share a model with tensor or pipeline parallelism wait for each other within it, so there it
+    all. Ranks that share a model with tensor or pipeline parallelism wait for each other within it, so there it
     is the whole replica that shows.
+
+    Cost: two sorts, 10 ms for 10,000 ranks.
     """
     times = {rank: beat.compute_s for rank, beat in beats.items() if beat.compute_s > 0}
     if len(times) < 2 or len(times) < len(beats):
         return {}
-    found = {}
-    for rank, compute_s in times.items():
-        others = [value for other, value in times.items() if other != rank]
-        usual = statistics.median(others)
-        scatter = statistics.median(abs(value - usual) for value in others)
-        if compute_s > max(STRAGGLER_RATIO * usual, usual + SCATTERS * scatter):
-            found[rank] = compute_s / usual
-    return found
+    usual = statistics.median_low(times.values())  # of two ranks, the faster
+    scatter = statistics.median_low(abs(value - usual) for value in times.values())
+    limit = max(STRAGGLER_RATIO * usual, usual + SCATTERS * scatter)
+    return {rank: compute_s / usual for rank, compute_s in times.items() if compute_s > limit}
 
 
 class StragglerWatch:

@@ -10,11 +10,11 @@ from dataclasses import astuple
 from pathlib import Path
 
 from megascale.parallel.heartbeat import Beat, read_beat
+from megascale.parallel.supervision import DUMP_BYTE, DUMP_SIGNAL, WATCH_VARIABLE
 from megascale.train.signals import stop_when_parent_dies
 
 TAIL_BYTES = 16 << 10
 CGROUPS = Path("/sys/fs/cgroup")
-DUMP = b"d"
 
 
 class RankProcess:
@@ -42,13 +42,13 @@ class RankProcess:
 
         def prepare() -> None:
             stop_when_parent_dies()
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until the rank dumps its stacks at it
+            signal.signal(DUMP_SIGNAL, signal.SIG_IGN)  # until the rank dumps its stacks at it
             if cores:
                 os.sched_setaffinity(0, cores)
 
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, env={**environment, "MEGASCALE_WATCH_FD": str(watch_end)}, stdin=subprocess.DEVNULL,
+                command, env={**environment, WATCH_VARIABLE: str(watch_end)}, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare, pass_fds=(watch_end, *inherited),
             )
         os.close(watch_end)
@@ -73,7 +73,7 @@ class RankProcess:
     def ask_for_dump(self) -> None:
         """Asks for stacks and collectives: by the pipe, and by a signal that works without the interpreter."""
         with contextlib.suppress(OSError):
-            os.write(self._watch, DUMP)
+            os.write(self._watch, DUMP_BYTE)
         self.signal(signal.SIGUSR2)
 
     def kill(self) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-HEARTBEAT_VARIABLE = "MEGASCALE_HEARTBEAT"
 _LAYOUT = struct.Struct("<Q 16s 10q")
 _BYTES = 4096
 COMPUTE_WINDOW = 20

@@ -11,14 +11,11 @@ import torch.distributed as dist
 from megascale.errors import LaunchError
 from megascale.parallel.axis import ALONE, Axis, axis_of_group
 from megascale.parallel.layout import Layout
+from megascale.parallel.supervision import INCARNATION_VARIABLE, STORE_FD_VARIABLE
 
 GROUPS = (("tp",), ("cp",), ("pp",), ("dp", "cp"), ("pp", "dp", "cp"), ("pp", "tp"))
 """Axes along which groups are made, see `Mesh`."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-STORE_FD_VARIABLE = "MEGASCALE_STORE_FD"
-"""Rank 0's listening socket of the rendezvous store, which its launcher has opened and bound to one interface."""
-INCARNATION_VARIABLE = "MEGASCALE_INCARNATION"
-"""Names the attempt of the run that a rank belongs to; all ranks of one attempt have the same."""
 INCARNATION_KEY = "megascale/incarnation"
 INCARNATION_S = 60.0
 """Once it is connected, how long a rank waits for the store to say which attempt it serves: rank 0 says it at once."""

@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from megascale.parallel.heartbeat import HEARTBEAT_VARIABLE, Heartbeat
+from megascale.parallel.heartbeat import Heartbeat
+from megascale.parallel.supervision import HEARTBEAT_VARIABLE
 from megascale.train.signals import StopRequest, stop_when_parent_dies
 from megascale.train.watch import start_watch
 

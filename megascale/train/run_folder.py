@@ -26,10 +26,9 @@ from megascale.observe.run_files import (
     SKIPS_FILE,
     write_atomically,
 )
+from megascale.parallel.supervision import LIFE_VARIABLE
 
 TOKENIZER_FILE = "tokenizer.json"
-LIFE_VARIABLE = "MEGASCALE_LIFE"
-"""Names the launcher that starts the attempts of a run one after the other, never two at once."""
 OWN_FILES = (
     RUN_FILE, SAVED_FILE, METRICS_FILE, SESSIONS_FILE, SKIPS_FILE, BASELINES_FILE, SAMPLE_FILE, REPORT_FILE,
     GOODPUT_FILE, GOODPUT_FOLDER, "wandb",

@@ -17,12 +17,8 @@ from pathlib import Path
 
 from megascale.errors import EXIT_PEER_LOST
 from megascale.parallel.heartbeat import Heartbeat
+from megascale.parallel.supervision import DUMP_BYTE, DUMP_SIGNAL, DUMP_VARIABLE, WATCH_VARIABLE
 
-WATCH_VARIABLE = "MEGASCALE_WATCH_FD"
-DUMP_VARIABLE = "MEGASCALE_DUMP_FOLDER"
-DUMP_BYTE = b"d"
-DUMP_SIGNAL = signal.SIGUSR2
-"""Writes the stacks of all threads even while a library holds the interpreter's lock."""
 ORPHAN_S = 8
 """How long a rank lives without its agent, at most; it may save what it can in that time."""
 RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")

@@ -214,6 +214,8 @@ class SlurmCluster:
         node.kill()
         # A real node that rebooted unnoticed gives itself away by its boot time, which is this machine's here.
         self.scontrol("update", f"nodename={name}", "state=down", "reason=switched off")
+        # Start times tell one slurmd from the next, in whole seconds.
+        self._await("a new second began", lambda: time.strftime("%Y-%m-%dT%H:%M:%S") != started)
         node.start()
         self._await(f"{name} registers", lambda: self.node(name).get("SlurmdStartTime") != started)
         self.scontrol("update", f"nodename={name}", "state=resume")

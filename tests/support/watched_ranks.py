@@ -8,9 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megascale.parallel.heartbeat import HEARTBEAT_VARIABLE, Beat, read_beat
-from megascale.parallel.mesh import INCARNATION_VARIABLE, STORE_FD_VARIABLE
-from megascale.train.watch import DUMP_VARIABLE, WATCH_VARIABLE
+from megascale.parallel.heartbeat import Beat, read_beat
+from megascale.parallel.supervision import (
+    DUMP_VARIABLE,
+    HEARTBEAT_VARIABLE,
+    INCARNATION_VARIABLE,
+    STORE_FD_VARIABLE,
+    WATCH_VARIABLE,
+)
 from tests.support.faulty_run import is_alive, wait_until
 from tests.support.ranks import REPOSITORY
 from tests.support.tiny_run import command_environment

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.supervise.hang import HangKind, RankView, find_culprit, find_hang
-from launcher.supervise.hang_report import summarize, write_hang_report
+from launcher.supervise.hang_report import summarize_hang, write_hang_report
 from launcher.supervise.rank_dumps import Dumps, describe_ranks, read_dumps
 from megascale.config.cluster import LimitsConfig
 from megascale.parallel.heartbeat import Beat, Phase
@@ -228,7 +228,7 @@ def test_what_cannot_be_told_is_said(tmp_path):
     blame = find_culprit(hang, views, read_dumps(tmp_path, 2))
     assert not blame.is_known
     assert blame.ranks == (0, 1)
-    assert "nobody can be named for certain" in summarize(hang, blame, views)
+    assert "nobody can be named for certain" in summarize_hang(hang, blame, views)
 
 
 def test_torn_and_strange_dumps_are_left_out(tmp_path):

@@ -5,7 +5,8 @@ import os
 import torch.distributed as dist
 
 from megascale.errors import LaunchError
-from megascale.parallel.mesh import INCARNATION_VARIABLE, close_mesh, join_ranks, read_rank_info
+from megascale.parallel.mesh import close_mesh, join_ranks, read_rank_info
+from megascale.parallel.supervision import INCARNATION_VARIABLE
 
 
 def main() -> None:
