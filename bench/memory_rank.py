@@ -27,7 +27,7 @@ from megascale.model.block import Block
 from megascale.model.memory import kept_of_block, state_bytes
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.train.build import build_axes, build_rank_model
-from megascale.train.objective import causal_objective
+from megascale.train.objective import token_objective
 
 LARGE = 512
 """Bytes; smaller storages, such as counters, are left out."""
@@ -95,8 +95,8 @@ def measure_kept(case: LayoutCase, mesh: Mesh) -> dict:
     dtype = TORCH_DTYPE[case.dtype]
     model = build_rank_model(config, axes, mesh).to(device, dtype)
     block = next(layer for layer in model.layers if isinstance(layer, Block))
-    objective = causal_objective(config.model, 1, axes, has_document_mask=False)
-    _, context, _ = objective(random_batch(case, 0).to(device), 0)
+    objective = token_objective(config.model, 1, axes, has_document_mask=False)
+    _, context, _ = objective(random_batch(case, 0).to(device), 0, None)
     shape = config.train.micro_batch_size, case.derived().residual_columns, config.model.d_model
     kept = kept_on_gpu(block, shape, dtype, context) if device.type == "cuda" else kept_on_cpu(
         block, shape, dtype, context, [*model.parameters(), *model.buffers()])

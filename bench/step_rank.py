@@ -28,7 +28,7 @@ from megascale.model.transformer import Transformer, build_model
 from megascale.optim.optimizer import build_adamw, parameter_groups
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, build_mesh, close_mesh, read_rank_info
-from megascale.train.objective import causal_objective
+from megascale.train.objective import token_objective
 
 CLIP_NORM, LEARNING_RATE, SEED = 1.0, 1e-3, 1
 WARM_UP_ROUNDS, MIN_ROUNDS = 3, 6
@@ -48,7 +48,7 @@ def build_optimizer(model: Transformer) -> torch.optim.AdamW:
 def our_step(shape: Shape, dtype: str, zero_stage: int, mesh: Mesh) -> Step:
     """The step of a run, by its own engine."""
     model = build_model(shape.model, SEED)
-    objective = causal_objective(shape.model, SEED, ONE_RANK, has_document_mask=False)
+    objective = token_objective(shape.model, SEED, ONE_RANK, has_document_mask=False)
     settings = EngineSettings(zero_stage=zero_stage, clip_norm=CLIP_NORM, micro_batch_size=shape.rows)
     engine = build_engine(
         model, build_optimizer(model), objective, mesh, PrecisionConfig(dtype=dtype), settings, model.placements()
@@ -65,13 +65,13 @@ def plain_step(shape: Shape, dtype: str, mesh: Mesh) -> Step:
     """The step of a loop by hand: torch's cross-entropy, DistributedDataParallel over ranks, autocast for bf16."""
     model = build_model(shape.model, SEED).to(mesh.device)
     optimizer = build_optimizer(model)
-    objective = causal_objective(shape.model, SEED, ONE_RANK, has_document_mask=False)
+    objective = token_objective(shape.model, SEED, ONE_RANK, has_document_mask=False)
     module = DistributedDataParallel(model, gradient_as_bucket_view=True) if mesh.layout.dp > 1 else model
     num_tokens = shape.rows * shape.seq_len
 
     def step(batch: Batch, number: int) -> float:
         with torch.autocast(mesh.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            tokens_BT, context, labels_BT = objective(batch.to(mesh.device), number)
+            tokens_BT, context, labels_BT = objective(batch.to(mesh.device), number, None)
             logits_NV = module(tokens_BT, context).flatten(0, 1)
             loss = F.cross_entropy(logits_NV.float(), labels_BT.flatten(), reduction="sum") / num_tokens
             loss.backward()

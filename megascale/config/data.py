@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from megascale.config.base import Section
+from megascale.config.objective import ObjectiveConfig
 
 ONLY_CORPUS = "corpus"
 """Name of the corpus of a run that gives `data.folder` and not `data.corpora`."""
@@ -119,6 +120,9 @@ class DataConfig(Section):
     label_document_starts: bool = True
     """Whether the first token of a document is a label of the last token of the one before it in its row. On, the
     default, is what most runs do; off trains no position on a text that it can't know."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the model learns from a row."""
 
     fim: FimConfig = FimConfig()
     """Fill in the middle, for corpora with a `fim_fraction`."""

@@ -16,8 +16,11 @@ def resolved_values(config: RunConfig) -> dict[str, Any]:
     model = config.model
     values["model"] |= {"num_kv_heads": model.kv_heads, "d_ff": model.ffn_dim, "tie_embeddings": model.is_tied,
                         "bias": model.has_bias}
-    if model.family == "llama":
+    values["model"]["activation"] = model.feed_forward
+    if model.is_rotary:
         values["model"]["rope_theta"] = model.rotary_base
+    if model.traits.has_decoder:
+        values["model"]["num_decoder_layers"] = model.decoder_layers
     has_horizon = config.optimizer.schedule != "constant"
     values["optimizer"]["horizon_steps"] = (
         config.optimizer.horizon_steps or config.train.max_steps if has_horizon else None

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -59,6 +60,27 @@ MATHS_KEYS = (
     "model.norm_eps",
     "model.rope_theta",
     "model.window",
+    "model.global_every",
+    "model.rope_scaling",
+    "model.rope_scaling.",
+    "model.attention_softcap",
+    "model.logit_softcap",
+    "model.relative_max_distance",
+    "model.moe.top_k",
+    "model.moe.scores",
+    "model.moe.normalize_scores",
+    "model.moe.score_scale",
+    "model.moe.capacity_factor",
+    "model.moe.balance",
+    "model.moe.balance_weight",
+    "model.moe.bias_rate",
+    "model.moe.z_weight",
+    "data.objective.mask_fraction",
+    "data.objective.whole_word",
+    "data.objective.mean_span_tokens",
+    "data.objective.label_smoothing",
+    "data.objective.crop_min_fraction",
+    "data.objective.flips",
     "model.dropout",
     "model.init_std",
     "data.document_mask",
@@ -78,6 +100,26 @@ _ROWS = "row numbers would mean other rows, and the position of the run is one"
 FORBIDDEN_KEYS = {
     "model.family": _SHAPE,
     "model.num_layers": _SHAPE,
+    "model.num_decoder_layers": _SHAPE,
+    "model.head_width": _SHAPE,
+    "model.activation": _SHAPE,
+    "model.qk_norm": _SHAPE,
+    "model.relative_buckets": _SHAPE,
+    "model.num_segments": _SHAPE,
+    "model.moe": _SHAPE,
+    "model.moe.num_experts": _SHAPE,
+    "model.moe.d_expert": _SHAPE,
+    "model.moe.num_shared_experts": _SHAPE,
+    "model.moe.num_dense_layers": _SHAPE,
+    "model.moe.every": _SHAPE,
+    "model.vision": _SHAPE,
+    "model.vision.image_size": _SHAPE,
+    "model.vision.patch_size": _SHAPE,
+    "model.vision.channels": _SHAPE,
+    "model.vision.pooling": _SHAPE,
+    "model.vision.mae_decoder_layers": _SHAPE,
+    "model.vision.mae_decoder_width": _SHAPE,
+    "model.vision.mae_decoder_heads": _SHAPE,
     "model.d_model": _SHAPE,
     "model.num_heads": _SHAPE,
     "model.num_kv_heads": _SHAPE,
@@ -88,6 +130,9 @@ FORBIDDEN_KEYS = {
     "model.tie_embeddings": _SHAPE,
     "model.bias": _SHAPE,
     "data.packing": _ROWS,
+    "data.objective.kind": _ROWS,
+    "data.objective.pair_task": _ROWS,
+    "data.objective.target_len": _ROWS,
     "data.num_lanes": _ROWS,
     "data.window_rows": _ROWS,
     "train.seq_len": _ROWS,
@@ -117,9 +162,12 @@ def keeps_maths(key: str) -> bool:
 def config_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the schema; the names in `data.corpora` are a user's own, so that is one key."""
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from config_keys(field.annotation, f"{prefix}{name}.")
-        else:
+        # A section that may be left out is both a key, of whether it is there, and a section.
+        kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else (field.annotation,)
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        for kind in inner:
+            yield from config_keys(kind, f"{prefix}{name}.")
+        if not inner or len(kinds) > 1:
             yield f"{prefix}{name}"
 
 

@@ -5,6 +5,7 @@ from pydantic import Field
 from megascale.config.base import Section
 from megascale.config.checkpoint import CheckpointConfig
 from megascale.config.data import DataConfig
+from megascale.config.families import ObjectiveKind
 from megascale.config.model import ModelConfig
 from megascale.config.observe import ObserveConfig
 from megascale.config.training import (
@@ -61,3 +62,8 @@ class RunConfig(Section):
 
     observe: ObserveConfig = ObserveConfig()
     """What is logged, and where."""
+
+    @property
+    def objective_kind(self) -> ObjectiveKind:
+        """`data.objective.kind`, resolved."""
+        return self.data.objective.kind or self.model.traits.objectives[0]

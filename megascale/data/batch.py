@@ -18,12 +18,20 @@ class Batch:
         documents_BT: number of the document of each position, int32, never falling along a row; padding is a document
             of its own.
         row_numbers_B: the global number of each row, int64; -1 for a row that only fills a batch and has no labels.
+        source_BS: inputs of an encoder whose output the decoder reads, int64; None where there is none.
+        source_documents_BS: their documents, likewise.
+        segments_BT: kind of segment of each token, int64; None where there are none.
+        images_BCHW: images, fp32, normalised; None for text.
     """
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
     documents_BT: torch.Tensor
     row_numbers_B: torch.Tensor
+    source_BS: torch.Tensor | None = None
+    source_documents_BS: torch.Tensor | None = None
+    segments_BT: torch.Tensor | None = None
+    images_BCHW: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -34,7 +42,8 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return Batch(*(change(getattr(self, field.name)) for field in fields(self)))
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if value is None else change(value) for value in values))
 
 
 def cumulative_lengths(documents_BT: torch.Tensor) -> tuple[torch.Tensor, int]:

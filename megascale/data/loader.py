@@ -139,8 +139,10 @@ class ShardHints:
 
 def build_batch(arrays: Arrays, row_numbers: np.ndarray, part: slice) -> Batch:
     """Makes the batch of some of the rows."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(array[part])) for array in (*arrays, row_numbers)]
-    return Batch(*tensors)
+    values = arrays._asdict() | {"row_numbers_B": row_numbers}
+    return Batch(**{
+        name: torch.from_numpy(np.ascontiguousarray(array[part])) for name, array in values.items() if array is not None
+    })
 
 
 def evaluation_batches(

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megascale.config.schema import RunConfig
 from megascale.data.row import Row
 
 IGNORED_LABEL = -100
@@ -27,11 +28,16 @@ class Arrays(NamedTuple):
         labels_BT: what each position is to predict, int64; -100 where nothing.
         documents_BT: number of the document of each position, int32, never falling along a row; padding is a document
             of its own.
+        source_BS, source_documents_BS, segments_BT, images_BCHW: see `megascale.data.batch.Batch`.
     """
 
     tokens_BT: np.ndarray
     labels_BT: np.ndarray
     documents_BT: np.ndarray
+    source_BS: np.ndarray | None = None
+    source_documents_BS: np.ndarray | None = None
+    segments_BT: np.ndarray | None = None
+    images_BCHW: np.ndarray | None = None
 
 
 class RowObjective(Protocol):
@@ -52,6 +58,18 @@ class RowObjective(Protocol):
             rows: the rows; None gives a row without labels.
             keys_B: uint64, one a row: all that is drawn at random for a row is a function of its key.
         """
+
+
+class RowShape(NamedTuple):
+    """How much text a row takes, see `RowObjective`."""
+
+    row_tokens: int
+    overlap: int
+
+
+def row_shape(config: RunConfig) -> RowShape:
+    """The rows that a run's objective wants cut."""
+    return RowShape(config.train.seq_len + 1, Causal.overlap)
 
 
 class Causal:

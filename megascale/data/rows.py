@@ -107,7 +107,8 @@ class Corpus:
 
 
 def open_corpus(
-    name: str, source: CorpusConfig, split: str, data: DataConfig, seq_len: int, vocab_size: int
+    name: str, source: CorpusConfig, split: str, data: DataConfig, seq_len: int, vocab_size: int,
+    row_tokens: int | None = None, overlap: int = 1,
 ) -> Corpus:
     """Opens a split of a corpus after the checks that cost no reading of tokens.
 
@@ -118,6 +119,7 @@ def open_corpus(
         data: how it is packed and read.
         seq_len: input tokens of a row.
         vocab_size: of the model.
+        row_tokens, overlap: see `megascale.data.objectives.row_shape`; when not given, those of the next token.
 
     Raises:
         DataError: a corpus, tokenizer or counts file that is missing, damaged or doesn't fit the model.
@@ -127,7 +129,7 @@ def open_corpus(
     manifest = load_manifest(source.folder, split, access)
     check_vocabulary(manifest, vocab_size)
     fim = resolve_fim(name, source, data, manifest, access) if source.fim_fraction and split == TRAIN_SPLIT else None
-    packing = Packing(data.packing, seq_len + 1, spare=NUM_FIM_TOKENS if fim else 0)
+    packing = Packing(data.packing, row_tokens or seq_len + 1, overlap, spare=NUM_FIM_TOKENS if fim else 0)
     counts = rows_of_shards(manifest, packing, access)
     return Corpus(name, manifest, packing, counts, open_store(manifest, data), fim)
 

@@ -15,7 +15,7 @@ from megascale.data.fetch import read_bytes
 from megascale.data.location import join
 from megascale.data.manifest import INDEX_FILE
 from megascale.data.mixture import resolve_mixture
-from megascale.data.objectives import Causal, RowObjective
+from megascale.data.objectives import Causal, RowObjective, row_shape
 from megascale.data.order import CorpusShape, Places, RowOrder
 from megascale.data.permutation import derive_key
 from megascale.data.plan import ReadingPlan, plan_reading
@@ -153,7 +153,7 @@ def open_stream(config: RunConfig, derived: Derived) -> Stream:
     """
     data, seq_len = config.data, config.train.seq_len
     corpora = tuple(
-        open_corpus(name, source, "train", data, seq_len, config.model.vocab_size)
+        open_corpus(name, source, "train", data, seq_len, config.model.vocab_size, *row_shape(config))
         for name, source in data.sources.items()
     )
     check_tokenizers(corpora)
@@ -181,7 +181,9 @@ def open_validation(config: RunConfig) -> tuple[Corpus, ...]:
         if _exists(join(source.folder, "validation", INDEX_FILE), access)
     }
     corpora = tuple(
-        open_corpus(name, source, "validation", data, config.train.seq_len, config.model.vocab_size)
+        open_corpus(
+            name, source, "validation", data, config.train.seq_len, config.model.vocab_size, *row_shape(config)
+        )
         for name, source in (has_split or data.sources).items()
     )
     check_tokenizers(corpora)

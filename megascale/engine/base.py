@@ -8,8 +8,9 @@ import torch
 
 from megascale.parallel.boxes import Box
 
-Objective = Callable[[object, int], tuple]
-"""(micro-batch, step) -> what the model is called with: (inputs, context, labels) of this rank, on its device.
+Objective = Callable[[object, int, torch.Tensor | None], tuple]
+"""(micro-batch, step, loss factor) -> what the model is called with: (inputs, context, labels) of this rank, on its
+device. The factor is what the loss is multiplied by before its backward pass, an fp32 scalar; None without one.
 
 The model then gives the sum of negative log-likelihoods over those labels, in nats, fp32 scalar. Engines look no
 further into it than this: in a pipeline the first entry gives way to the hidden state received.

@@ -49,10 +49,10 @@ class MicroBatchRunner:
         """A loss that isn't finite makes its gradient so too (inf x 0 = NaN), so that the check of the gradient norm,
         which every rank sees, covers both.
         """
-        total = torch.zeros((), device=self.device)
+        total, factor = torch.zeros((), device=self.device), torch.full((), scale, device=self.device)
         # All are on their way before the first runs: later the copies would wait for the work in front of them.
         for micro_batch in [micro_batch.to(self.device) for micro_batch in micro_batches]:
-            loss = self.module(*self.objective(micro_batch, step))
+            loss = self.module(*self.objective(micro_batch, step, factor))
             total += loss.detach()
             self.backward(loss * (scale * (1.0 + 0.0 * loss.detach())))
         return total
@@ -63,7 +63,7 @@ class MicroBatchRunner:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.module.eval()  # here, once a pass, and not in each step: setting the mode visits every module
         for batch in batches:
-            total += self.module(*self.objective(batch.to(self.device), 0))
+            total += self.module(*self.objective(batch.to(self.device), 0, None))
         self.module.train()
         return total.item()
 

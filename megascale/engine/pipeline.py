@@ -72,10 +72,12 @@ class Feed:
         self.objective, self.device, self.num_uses = objective, device, num_uses
         self.micro_batches: Sequence = ()
         self.step = 0
+        self.factor: torch.Tensor | None = None
         self.ready: dict[int, tuple[tuple, int]] = {}
 
-    def start(self, micro_batches: Sequence, step: int) -> None:
-        """Takes the micro-batches of a step."""
+    def start(self, micro_batches: Sequence, step: int, scale: float | None = None) -> None:
+        """Takes the micro-batches of a step, and the scale of its gradients where it has any."""
+        self.factor = None if scale is None else torch.full((), scale, device=self.device)
         self.micro_batches, self.step = [each.to(self.device) for each in micro_batches], step
         self.ready.clear()
 
@@ -84,7 +86,7 @@ class Feed:
         fresh = (None, self.num_uses)
         prepared, uses_left = self.ready.pop(index, fresh)
         if prepared is None:
-            prepared = self.objective(self.micro_batches[index], self.step)
+            prepared = self.objective(self.micro_batches[index], self.step, self.factor)
         if uses_left > 1:
             self.ready[index] = prepared, uses_left - 1
         return prepared
@@ -208,7 +210,7 @@ class PipelineRunner:
         Cost: each stage but the last sends a hidden state per micro-batch, each but the first its gradient: bytes of a
             hidden state x 2 x micro-batches x (stages - 1) over all ranks, less where two stages meet on one rank.
         """
-        self.feed.start(micro_batches, step)
+        self.feed.start(micro_batches, step, scale)
         self.tally.start(scale)
         indices = torch.arange(len(micro_batches))
         first = (indices,) if 0 in self.stages else ()

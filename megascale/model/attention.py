@@ -29,14 +29,15 @@ class Attention(nn.Module):
     Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA).
     """
 
-    def __init__(self, config: ModelConfig, axes: Axes):
+    def __init__(self, config: ModelConfig, name: str, axes: Axes):
+        """`name` is that of its block."""
         super().__init__()
-        self.axes = axes
+        self.name, self.axes = name, axes
         self.group_size = config.num_heads // config.kv_heads
         self.head_dim = config.head_dim
         qkv_dim = (config.num_heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = ColumnLinear(config.d_model, qkv_dim, bias=config.has_bias, axes=axes)
-        self.output = RowLinear(config.d_model, config.d_model, bias=config.has_bias, axes=axes)
+        self.output = RowLinear(config.heads_dim, config.d_model, bias=config.has_bias, axes=axes)
 
     def forward(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         q_BTHC, k_BTKC, v_BTKC = self.split_heads(self.qkv(hidden_BTD))

@@ -14,6 +14,7 @@ tp rank.
 from collections.abc import Callable
 from functools import cache
 from math import lcm
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,23 +30,44 @@ SMALLEST_FLEX_HEAD = 16
 """Features per head below which FlexAttention refuses; only toy models have so few."""
 
 
+class Scoring(NamedTuple):
+    """How queries and keys become scores, before the softmax: softcap(scale q k + bias).
+
+    Attributes:
+        scale: factor of the product; None: 1 / sqrt(C).
+        softcap: scores are bent to softcap tanh(score / softcap); None: not bent.
+        bias_HTS: added to the scores of each of this rank's heads over the whole row; None: nothing.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    bias_HTS: torch.Tensor | None = None
+
+
+PLAIN = Scoring()
+"""q k / sqrt(C)."""
+
+
 def attend(
-    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: AttentionMask, axes: Axes
+    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: AttentionMask, axes: Axes,
+    scoring: Scoring = PLAIN,
 ) -> torch.Tensor:
-    """Mixes values by softmax(q k / sqrt(C)) over the keys that the mask lets each query see.
+    """Mixes values by the softmax of scores over the keys that the mask lets each query see.
 
     Shape: (B, T, H, C), (B, T, K, C) twice, to (B, T, H, C).
     Cost: forward 4 B T S H C FLOPs for S keys seen; bytes moved as in `ulysses_attend` and `ring.py`, none for cp 1.
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 (GQA).
     """
     if axes.cp.size == 1:
-        return attend_row(q_BTHC, k_BTKC, v_BTKC, mask)
+        return attend_row(q_BTHC, k_BTKC, v_BTKC, mask, scoring)
     if axes.context_attention == "ring":
         return ring_attend(q_BTHC, k_BTKC, v_BTKC, mask, axes.cp)
     return ulysses_attend(q_BTHC, k_BTKC, v_BTKC, mask, axes.cp)
 
 
-def attend_row(q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+def attend_row(
+    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: AttentionMask, scoring: Scoring = PLAIN
+) -> torch.Tensor:
     """Attention where this rank has whole rows."""
     q_BHTC, k_BKTC, v_BKTC = (heads.transpose(1, 2) for heads in (q_BTHC, k_BTKC, v_BTKC))
     is_grouped = q_BTHC.shape[2] != k_BTKC.shape[2]
@@ -54,9 +76,12 @@ def attend_row(q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor,
         if q_BTHC.shape[3] >= SMALLEST_FLEX_HEAD:
             mixed_BHTC = flex_kernel()(q_BHTC, k_BKTC, v_BKTC, block_mask=mask.flex, enable_gqa=is_grouped)
             return mixed_BHTC.transpose(1, 2)
-        seen_B1TS = dense_mask(mask.documents_BT, mask.window, q_BTHC.shape[1], q_BTHC.device)
+        seen_B1TS = dense_mask(
+            mask.documents_BT, mask.window, q_BTHC.shape[1], q_BTHC.device, is_causal=mask.is_causal
+        )
     mixed_BHTC = F.scaled_dot_product_attention(
-        q_BHTC, k_BKTC, v_BKTC, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, enable_gqa=is_grouped
+        q_BHTC, k_BKTC, v_BKTC, attn_mask=seen_B1TS, is_causal=seen_B1TS is None and mask.is_causal,
+        enable_gqa=is_grouped,
     )
     return mixed_BHTC.transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""Which keys each query sees: causal order, documents packed into one row, a sliding window.
+"""Which keys each query sees: causal order or both ways, documents packed into one row, a sliding window.
 
 A query at column t of the row sees the keys at columns t - window + 1 to t of its own document. Built once per
 micro-batch and shared by all layers; every rank knows the documents of the whole row, so nothing is sent.
@@ -28,6 +28,7 @@ class AttentionMask(NamedTuple):
         dense_B1TS: bool over the whole row, True where the query sees the key. None: plain causal, FlexAttention, or
             ring attention, which makes the mask of one tile at a time and never holds the square of a row.
         flex: the same as tiles for FlexAttention.
+        is_causal: whether a query sees no key behind its own position.
     """
 
     columns_T: torch.Tensor
@@ -35,10 +36,11 @@ class AttentionMask(NamedTuple):
     window: int | None
     dense_B1TS: torch.Tensor | None
     flex: BlockMask | None
+    is_causal: bool = True
 
     @property
     def is_plain(self) -> bool:
-        """Whether a query sees all keys up to its own."""
+        """Whether a query sees all keys up to its own, or of a whole row all keys."""
         return self.documents_BT is None and self.window is None
 
 
@@ -59,7 +61,8 @@ def cp_columns(num_positions: int, axes: Axes, device: torch.device) -> torch.Te
 
 
 def build_mask(
-    columns_T: torch.Tensor, documents_BT: torch.Tensor | None, window: int | None, axes: Axes, device: torch.device
+    columns_T: torch.Tensor, documents_BT: torch.Tensor | None, window: int | None, axes: Axes, device: torch.device,
+    *, is_causal: bool = True,
 ) -> AttentionMask:
     """The mask of a micro-batch in the form that its attention wants.
 
@@ -73,20 +76,21 @@ def build_mask(
     num_positions = len(columns_T) * axes.cp.size
     if window is not None and window >= num_positions:
         window = None
-    mask = AttentionMask(columns_T, documents_BT, window, None, None)
+    mask = AttentionMask(columns_T, documents_BT, window, None, None, is_causal)
     if mask.is_plain or (axes.cp.size > 1 and axes.context_attention == "ring"):
         return mask
     if can_train_flex(device):
-        return mask._replace(flex=flex_mask(documents_BT, window, num_positions, device))
-    return mask._replace(dense_B1TS=dense_mask(documents_BT, window, num_positions, device))
+        return mask._replace(flex=flex_mask(documents_BT, window, num_positions, device, is_causal=is_causal))
+    return mask._replace(dense_B1TS=dense_mask(documents_BT, window, num_positions, device, is_causal=is_causal))
 
 
 def dense_mask(
-    documents_BT: torch.Tensor | None, window: int | None, num_positions: int, device: torch.device
+    documents_BT: torch.Tensor | None, window: int | None, num_positions: int, device: torch.device,
+    *, is_causal: bool = True,
 ) -> torch.Tensor:
     """Shape: (B, 1, T, T) bool, or (1, 1, T, T) without documents."""
     columns_T = torch.arange(num_positions, device=device)
-    return visible(columns_T, columns_T, documents_BT, documents_BT, window)[:, None]
+    return visible(columns_T, columns_T, documents_BT, documents_BT, window, is_causal=is_causal)[:, None]
 
 
 def visible(
@@ -95,10 +99,12 @@ def visible(
     query_documents_BT: torch.Tensor | None,
     key_documents_BS: torch.Tensor | None,
     window: int | None,
+    *,
+    is_causal: bool = True,
 ) -> torch.Tensor:
     """Whether each query sees each key. Shape: (B, T, S) bool, or (1, T, S) without documents."""
     distance_TS = query_columns_T[:, None] - key_columns_S
-    seen_BTS = (distance_TS >= 0)[None]
+    seen_BTS = (distance_TS >= 0)[None] if is_causal else torch.ones_like(distance_TS, dtype=torch.bool)[None]
     if window is not None:
         seen_BTS = seen_BTS & (distance_TS < window)
     if query_documents_BT is not None and key_documents_BS is not None:
@@ -107,7 +113,8 @@ def visible(
 
 
 def flex_mask(
-    documents_BT: torch.Tensor | None, window: int | None, num_positions: int, device: torch.device
+    documents_BT: torch.Tensor | None, window: int | None, num_positions: int, device: torch.device,
+    *, is_causal: bool = True,
 ) -> BlockMask:
     """The mask as tiles: those with nothing to see are skipped, those with all to see need no mask.
 
@@ -116,19 +123,26 @@ def flex_mask(
     first_N = torch.arange(0, num_positions, FLEX_BLOCK, device=device)
     last_N = (first_N + FLEX_BLOCK - 1).clamp(max=num_positions - 1)
     is_before_NM = first_N[:, None] > first_N
-    some_BNM = (first_N[:, None] >= first_N)[None]
+    if not is_causal:
+        is_before_NM = torch.ones_like(is_before_NM)
+    some_BNM = (is_before_NM | (first_N[:, None] == first_N))[None]
     # A tile cut short by the row's end keeps its mask, which says where the end is.
-    all_BNM = (is_before_NM & (first_N[:, None] + FLEX_BLOCK <= num_positions))[None]
+    is_whole_N = first_N + FLEX_BLOCK <= num_positions
+    all_BNM = (is_before_NM & is_whole_N[:, None] & (is_causal | is_whole_N))[None]
     if window is not None:
         some_BNM = some_BNM & (first_N[:, None] - last_N < window)
         all_BNM = all_BNM & (last_N[:, None] - first_N < window)
     if documents_BT is not None:
         start_BN, end_BN = documents_BT[:, first_N], documents_BT[:, last_N]
         some_BNM = some_BNM & (start_BN[:, :, None] <= end_BN[:, None])
+        if not is_causal:
+            some_BNM = some_BNM & (end_BN[:, :, None] >= start_BN[:, None])
         all_BNM = all_BNM & (end_BN[:, :, None] == start_BN[:, None])
+        if not is_causal:
+            all_BNM = all_BNM & (start_BN[:, :, None] == end_BN[:, None])
     return BlockMask.from_kv_blocks(
         *_listed(some_BNM & ~all_BNM), *_listed(some_BNM & all_BNM), BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=_mask_rule(documents_BT, window), seq_lengths=(num_positions, num_positions),
+        mask_mod=_mask_rule(documents_BT, window, is_causal), seq_lengths=(num_positions, num_positions),
     )
 
 
@@ -139,11 +153,11 @@ def _listed(chosen_BNM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen_B1NM.sum(dim=-1, dtype=torch.int32), order_B1NM.int().contiguous()
 
 
-def _mask_rule(documents_BT: torch.Tensor | None, window: int | None) -> Callable:
+def _mask_rule(documents_BT: torch.Tensor | None, window: int | None, is_causal: bool) -> Callable:
     """The rule of `visible` for one query and key, as FlexAttention compiles it into its kernel."""
 
     def sees(row, _head, query, key):
-        seen = query >= key
+        seen = query >= key if is_causal else query == query
         if window is not None:
             seen = seen & (query - key < window)
         if documents_BT is not None:

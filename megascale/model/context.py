@@ -25,6 +25,13 @@ class Context(NamedTuple):
         sin_BA1C: fp32 rotary sines, negated in the first half of the features, None likewise.
         row_keys_B: int64, one random key per row from `dropout.derive_row_keys`; None where nothing is dropped.
         mask: which keys each query sees.
+        global_mask: the same in the blocks that see all tokens in spite of a window; None where there are none.
+        segments_BT: int64, kind of segment of each token; None for families without segments.
+        source: of the encoder, in a model with a decoder.
+        cross_mask: which of the encoder's positions each query of the decoder sees.
+        loss_factor: fp32 scalar by which the sum of losses is multiplied before the backward pass; layers that add a
+            loss of their own to the gradient take it too. None where there is no backward pass.
+        cache: keys and values of earlier positions, in generation.
     """
 
     position_ids_BT: torch.Tensor
@@ -33,6 +40,12 @@ class Context(NamedTuple):
     sin_BA1C: torch.Tensor | None
     row_keys_B: torch.Tensor | None
     mask: AttentionMask
+    global_mask: AttentionMask | None = None
+    segments_BT: torch.Tensor | None = None
+    source: "Context | None" = None
+    cross_mask: AttentionMask | None = None
+    loss_factor: torch.Tensor | None = None
+    cache: object | None = None
 
 
 def build_context(
@@ -43,6 +56,7 @@ def build_context(
     *,
     documents_BT: torch.Tensor | None = None,
     row_keys_B: torch.Tensor | None = None,
+    loss_factor: torch.Tensor | None = None,
 ) -> Context:
     """Builds the context of a micro-batch on this rank.
 
@@ -58,8 +72,15 @@ def build_context(
     cos_BA1C = sin_BA1C = None
     if config.is_rotary:
         cos_BA1C, sin_BA1C = rotary_table(positions[:, columns_A], config.head_dim, config.rotary_base)
-    mask = build_mask(columns_A, documents_BT, config.window, axes, device)
-    return Context(positions[:, columns_T], columns_T, cos_BA1C, sin_BA1C, row_keys_B, mask)
+    is_causal = config.traits.is_causal
+    mask = build_mask(columns_A, documents_BT, config.window, axes, device, is_causal=is_causal)
+    global_mask = None
+    if config.global_every:
+        global_mask = build_mask(columns_A, documents_BT, None, axes, device, is_causal=is_causal)
+    return Context(
+        positions[:, columns_T], columns_T, cos_BA1C, sin_BA1C, row_keys_B, mask, global_mask=global_mask,
+        loss_factor=loss_factor,
+    )
 
 
 def restarted_positions(documents_BT: torch.Tensor) -> torch.Tensor:

@@ -36,17 +36,18 @@ class Table(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Adds token and, when asked for, position vectors. Over tp the vocabulary is cut, positions are not.
+    """Adds token and, where the family learns them, position vectors. Over tp the vocabulary is cut, positions are not.
 
     Shape: (B, row positions) int64 to (B, T, D).
     Cost: over tp one all-reduce of the output, or a reduce-scatter when sequence parallel.
     """
 
-    def __init__(self, config: ModelConfig, has_positions: bool, axes: Axes):
+    def __init__(self, config: ModelConfig, axes: Axes):
         super().__init__()
         self.tp, self.is_sequence_parallel = axes.tp, axes.is_sequence_parallel
+        is_learned = config.traits.positions == "learned"
         self.tokens = Table(config.padded_vocab_size, config.d_model, axes.tp)
-        self.positions = Table(config.max_seq_len, config.d_model, ALONE) if has_positions else None
+        self.positions = Table(config.max_seq_len, config.d_model, ALONE) if is_learned else None
         self.dropout = Dropout(config.dropout, site="embedding")
 
     def forward(self, tokens_BT: torch.Tensor, context: Context) -> torch.Tensor:

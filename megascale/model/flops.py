@@ -21,20 +21,20 @@ from megascale.config.model import ModelConfig
 def num_block_weights(config: ModelConfig) -> int:
     """Matrix elements of one block: each takes part in one product per token."""
     qkv = config.d_model * (config.num_heads + 2 * config.kv_heads) * config.head_dim
-    num_matrices = 2 if config.family == "gpt2" else 3
-    return qkv + config.d_model**2 + num_matrices * config.d_model * config.ffn_dim
+    num_matrices = 3 if config.is_gated else 2
+    return qkv + config.heads_dim * config.d_model + num_matrices * config.d_model * config.ffn_dim
 
 
 def num_parameters(config: ModelConfig, *, has_padding: bool = True) -> int:
     """All trained parameters, with the vocabulary as padded in memory, or as published when `has_padding` is false."""
-    is_gpt2 = config.family == "gpt2"
-    norm = config.d_model * (2 if is_gpt2 and config.has_bias else 1)
-    up_biases = config.ffn_dim * (1 if is_gpt2 else 2)
+    norm = config.d_model * (2 if config.traits.norm == "layer" and config.has_bias else 1)
+    up_biases = config.ffn_dim * (2 if config.is_gated else 1)
     qkv_biases = (config.num_heads + 2 * config.kv_heads) * config.head_dim
     biases = (qkv_biases + up_biases + 2 * config.d_model) if config.has_bias else 0
     block = num_block_weights(config) + biases + 2 * norm
     vocabulary = config.padded_vocab_size if has_padding else config.vocab_size
-    tables = vocabulary * (1 if config.is_tied else 2) + (config.max_seq_len if is_gpt2 else 0)
+    positions = config.max_seq_len if config.traits.positions == "learned" else 0
+    tables = vocabulary * (1 if config.is_tied else 2) + positions
     return config.num_layers * block + norm + tables * config.d_model
 
 

@@ -35,7 +35,7 @@ class Head(nn.Module):
             hidden_BTD = hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
         return gather(F.linear(hidden_BTD, self.weight, self.padding_bias()), self.tp, -1)
 
-    def loss(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    def loss(self, hidden_BTD: torch.Tensor, context: Context, labels_BT: torch.Tensor) -> torch.Tensor:
         """Sum of negative log-likelihoods of the labels in nats, fp32, equal on every tp rank; no logits are kept."""
         hidden_ND = self.share(hidden_BTD).flatten(0, 1)
         return linear_cross_entropy(hidden_ND, self.weight, labels_BT.flatten(), self.vocab_size, self.tp)

@@ -101,7 +101,7 @@ def kept_of_half(share: RankShare, half: str, *, is_again: bool, is_fused: bool)
         is_fused: whether the RMS norm is one kernel, as on a GPU; on a CPU it is several, which keep more.
     """
     model, size = share.model, share.bytes
-    width, is_llama = model.d_model, model.family == "llama"
+    width, is_llama = model.d_model, model.is_rotary
     keys = max(model.kv_heads, share.parallel.tp) * model.head_dim
     on_stream, product = width * size, (width + 2 * keys) * size
     rest = (width + (width + keys if is_llama else 0)) * size + 4 * model.num_heads

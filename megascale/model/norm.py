@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megascale.config.model import ModelConfig
 from megascale.model.context import Context
 
 
@@ -40,3 +41,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_BTD: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return F.rms_norm(hidden_BTD, self.weight.shape, self.weight, self.eps)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The norm of a family, over the residual stream."""
+    if config.traits.norm == "rms":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps, bias=config.has_bias)

@@ -105,10 +105,10 @@ class RankShare:
         """This rank's parameters, without padding."""
         model, tp = self.model, self.parallel.tp
         table = model.padded_vocab_size * model.d_model // tp
-        positions = model.max_seq_len * model.d_model if model.family == "gpt2" else 0
-        norm = model.d_model * (2 if model.family == "gpt2" and model.has_bias else 1)
+        positions = model.max_seq_len * model.d_model if model.traits.positions == "learned" else 0
+        norm = model.d_model * (2 if model.traits.norm == "layer" and model.has_bias else 1)
         qkv_biases = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-        up_biases = model.ffn_dim * (1 if model.family == "gpt2" else 2)
+        up_biases = model.ffn_dim * (2 if model.is_gated else 1)
         cut_biases = (qkv_biases + up_biases) // tp if model.has_bias else 0
         whole_vectors = self.num_blocks * (2 * norm + 2 * model.d_model * model.has_bias) + norm * self.has_norm
         holds_tie_twice = model.is_tied and self.has_embedding and self.has_head

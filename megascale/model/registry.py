@@ -1,6 +1,6 @@
 """The families by name."""
 
-from megascale.model.families import gpt2, llama
+from megascale.model.families import decoder
 
-FAMILIES = {"gpt2": gpt2.layer_specs, "llama": llama.layer_specs}
+FAMILIES = {"gpt2": decoder.layer_specs, "llama": decoder.layer_specs}
 """Family name -> function that lists the layers of a config."""

@@ -38,14 +38,14 @@ RULES = (
     ParameterRule("head.weight", tp_dim=0, decays=True, init="vocabulary"),
     ParameterRule("*norm.weight", tp_dim=None, decays=False, init="ones"),
     ParameterRule("*norm.bias", tp_dim=None, decays=False, init="zeros"),
-    ParameterRule("blocks.*.attention.qkv.weight", tp_dim=0, decays=True, init="normal"),
-    ParameterRule("blocks.*.attention.qkv.bias", tp_dim=0, decays=False, init="zeros"),
-    ParameterRule("blocks.*.feed_forward.up.weight", tp_dim=0, decays=True, init="normal"),
-    ParameterRule("blocks.*.feed_forward.up.bias", tp_dim=0, decays=False, init="zeros"),
-    ParameterRule("blocks.*.feed_forward.gate_up.weight", tp_dim=1, decays=True, init="normal"),
-    ParameterRule("blocks.*.feed_forward.gate_up.bias", tp_dim=1, decays=False, init="zeros"),
-    ParameterRule("blocks.*.output.weight", tp_dim=1, decays=True, init="residual"),
-    ParameterRule("blocks.*.output.bias", tp_dim=None, decays=False, init="zeros"),
+    ParameterRule("*blocks.*.attention.qkv.weight", tp_dim=0, decays=True, init="normal"),
+    ParameterRule("*blocks.*.attention.qkv.bias", tp_dim=0, decays=False, init="zeros"),
+    ParameterRule("*blocks.*.feed_forward.up.weight", tp_dim=0, decays=True, init="normal"),
+    ParameterRule("*blocks.*.feed_forward.up.bias", tp_dim=0, decays=False, init="zeros"),
+    ParameterRule("*blocks.*.feed_forward.gate_up.weight", tp_dim=1, decays=True, init="normal"),
+    ParameterRule("*blocks.*.feed_forward.gate_up.bias", tp_dim=1, decays=False, init="zeros"),
+    ParameterRule("*blocks.*.output.weight", tp_dim=1, decays=True, init="residual"),
+    ParameterRule("*blocks.*.output.bias", tp_dim=None, decays=False, init="zeros"),
 )
 
 

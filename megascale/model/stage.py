@@ -42,4 +42,4 @@ class Stage(nn.Module):
             hidden = layer(hidden, context)
         if self.head is None:
             return hidden
-        return self.head(hidden, context, last_B) if labels_BT is None else self.head.loss(hidden, labels_BT)
+        return self.head(hidden, context, last_B) if labels_BT is None else self.head.loss(hidden, context, labels_BT)

@@ -15,14 +15,14 @@ from megascale.optim.optimizer import build_adamw, parameter_groups
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.stages import plan_stages, stages_of_rank
-from megascale.train.objective import causal_objective
+from megascale.train.objective import run_objective
 
 
 def build_run_engine(config: RunConfig, mesh: Mesh) -> Engine:
     """Builds this rank's part of the model and hands it, with its optimizer, to the engine. Every rank calls it."""
     axes = build_axes(config, mesh)
     model = build_rank_model(config, axes, mesh)
-    objective = causal_objective(config.model, config.run.seed, axes, config.data.document_mask)
+    objective = run_objective(config, axes)
     placements = model.placements()
     named = [(placement.name, parameter) for parameter, placement in placements.items()]
     groups = parameter_groups(named, config.optimizer.weight_decay, is_decayed)

@@ -161,8 +161,8 @@ class TraceRecorder:
 def with_row_keys(objective: Objective, seed: int) -> Objective:
     """The objective with a context that always tells rows apart; a model without dropout ignores the keys."""
 
-    def prepare(batch: Batch, step: int) -> tuple:
-        inputs, context, labels = objective(batch, step)
+    def prepare(batch: Batch, step: int, loss_factor: torch.Tensor | None) -> tuple:
+        inputs, context, labels = objective(batch, step, loss_factor)
         if context.row_keys_B is None:
             context = context._replace(row_keys_B=derive_row_keys(batch.row_numbers_B, seed, step))
         return inputs, context, labels

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from typing import get_args
 
 from pydantic import BaseModel
 
@@ -15,8 +16,9 @@ def sections(model: type[BaseModel], prefix: str = ""):
     """(dotted key, field) of every field of a section and the sections inside it."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from sections(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from sections(kind, f"{prefix}{name}.")
 
 
 def all_fields():

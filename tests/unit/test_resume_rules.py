@@ -17,7 +17,7 @@ from megascale.errors import ConfigError
 from tests.support.tiny_run import write_blend
 
 WHOLE_SECTIONS = {"parallel", "evaluate", "checkpoint", "observe", "optimizer", "precision", "data.cache", "data.fim",
-                  "data.corpora"}
+                  "data.corpora", "model.rope_scaling"}
 """Sections that are of one class by what they are for; every key of the others is named."""
 
 

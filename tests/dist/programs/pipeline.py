@@ -116,7 +116,7 @@ class ToyBatch:
         return self
 
 
-def objective(batch: ToyBatch, step: int) -> tuple:
+def objective(batch: ToyBatch, step: int, loss_factor: torch.Tensor | None = None) -> tuple:
     batch.num_prepared += 1
     context = {"factor": 0.5 + 0.01 * (batch.number % 100) + 0.1 * step, "extra": batch.extra}
     return batch.tokens_BT, context, batch.labels_BT

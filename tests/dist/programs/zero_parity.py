@@ -31,7 +31,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
 
 
-def objective(batch, step):
+def objective(batch, step, loss_factor):
     return batch.tokens_BT, None, batch.labels_BT
 
 

@@ -28,9 +28,9 @@ def is_poisoned() -> bool:
 def follow_steps(objective):
     """The objective, which also tells the hooks which step it is."""
 
-    def prepare(batch, step):
+    def prepare(batch, step, loss_factor):
         position["step"] = step
-        return objective(batch, step)
+        return objective(batch, step, loss_factor)
 
     return prepare
 

@@ -60,9 +60,9 @@ def poison_losses(original: Callable) -> Callable:
     """Builds an engine whose loss is NaN at the steps of the plan."""
 
     def build_engine(model, optimizer, objective, *arguments):
-        def follow(batch, step):
+        def follow(batch, step, loss_factor):
             plan["step"] = step
-            return objective(batch, step)
+            return objective(batch, step, loss_factor)
 
         def poison(model, arguments, loss):
             return loss * float("nan") if model.training and plan["step"] in plan["poison"] else None
