@@ -31,7 +31,7 @@ from megascale.checkpoint.state import RunState
 from megascale.checkpoint.writer import InlineWriter, ProcessWriter, Writer
 from megascale.data.stream import StreamRecord
 from megascale.engine.base import StatePiece
-from megascale.engine.fragments import MOMENTS
+from megascale.optim.state import ADAMW_KINDS
 from megascale.parallel.boxes import Box
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, build_mesh, close_mesh, read_rank_info
@@ -131,7 +131,7 @@ def make_pieces(num_parameters: int, mesh: Mesh) -> list[StatePiece]:
     return [
         StatePiece(f"{kind}/{number:04d}", (ROWS_PER_TENSOR, WIDTH), box, torch.randn(box.numel, generator=generator),
                    is_owner=True)
-        for number in range(num_tensors) for kind in ("master", *MOMENTS)
+        for number in range(num_tensors) for kind in ("master", *ADAMW_KINDS)
     ]
 
 

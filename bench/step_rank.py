@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.figures import show_ratios, show_row
 from bench.step_overhead import Shape, shape_of
+from megascale.config.optimizer import OptimizerConfig
 from megascale.config.training import PrecisionConfig
 from megascale.data.batch import Batch
 from megascale.engine.base import EngineSettings
@@ -25,7 +26,7 @@ from megascale.model.axes import ONE_RANK
 from megascale.model.flops import num_parameters
 from megascale.model.sharding import is_decayed
 from megascale.model.transformer import Transformer, build_model
-from megascale.optim.optimizer import build_adamw, parameter_groups
+from megascale.optim.groups import ParameterFacts, parameter_groups
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import Mesh, build_mesh, close_mesh, read_rank_info
 from megascale.train.objective import token_objective
@@ -41,8 +42,9 @@ Step = Callable[[Batch, int], float]
 
 def build_optimizer(model: Transformer) -> torch.optim.AdamW:
     """The AdamW of a run, the same for every loop."""
-    groups = parameter_groups(model.named_parameters(), 0.1, is_decayed)
-    return build_adamw(groups, learning_rate=LEARNING_RATE, beta1=0.9, beta2=0.95, eps=1e-8)
+    facts = {name: ParameterFacts(is_decayed(name), False, 1.0, 1.0) for name, _ in model.named_parameters()}
+    groups = parameter_groups(model.named_parameters(), facts, OptimizerConfig(learning_rate=LEARNING_RATE))
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def our_step(shape: Shape, dtype: str, zero_stage: int, mesh: Mesh) -> Step:

@@ -153,7 +153,10 @@ def describe_corpus(corpus: Corpus, times: np.ndarray, ledger: ReadCounts) -> st
 def digest_run(run: ReadRun, num_steps: int, masked: np.ndarray, console: Console) -> str:
     """The stream digest of the first steps, from the shards."""
     digest, batches, skipped = NO_DIGEST, run.derived.batches, set(masked.tolist())
-    row_bytes = 4 * run.stream.corpora[0].packing.row_tokens
+    corpus = run.stream.corpora[0]
+    row_bytes = 4 * corpus.packing.row_tokens
+    if corpus.manifest.holds_images:
+        row_bytes = corpus.manifest.num_tokens // corpus.manifest.num_documents
     with track_bytes(console, "audit", batches.first_row(num_steps) * row_bytes) as advance:
         for step in range(num_steps):
             row_numbers = np.arange(batches.first_row(step), batches.first_row(step + 1))

@@ -23,7 +23,7 @@ from data_tools.engine import Engine, choose_engine
 from data_tools.output_folder import check_replaceable, clear_folder, partial_folder, replace_folder
 from data_tools.parts import PARTS_FOLDER, Part, check_part
 from data_tools.progress import track_bytes
-from data_tools.readers import ReadCounts, read_documents
+from data_tools.readers import PAIR_SEPARATOR, ReadCounts, read_documents
 from data_tools.settings import BuildSettings
 from data_tools.splits import SPLITS, TOKENIZER_FILE, choose_documents, write_split
 from data_tools.tokenize import TokenizeJob, hash_text, tokenize_chunks
@@ -154,7 +154,7 @@ def write_tokenizer(source: Source, settings: BuildSettings, console: Console, p
             advance(document.source_bytes)
             split_value, sample_value = (number / 2**64 for number in hash_text(document.text.encode()))
             if split_value >= settings.validation_fraction and sample_value < sample_fraction:
-                yield document.text
+                yield from document.text.split(PAIR_SEPARATOR) if source.target_field else (document.text,)
 
     with track_bytes(console, "train tokenizer", total_bytes) as advance:
         tokenizer = train_tokenizer(choose_texts(advance), settings.vocab_size, settings.special_tokens)

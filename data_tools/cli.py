@@ -1,6 +1,7 @@
 """`megascale data`: from text to a tokenized corpus, and checks of one."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +26,13 @@ from data_tools.cli_options import (
     VocabSizeOption,
     WorkersOption,
 )
+from data_tools.image_cli import images
 from data_tools.look_cli import add_commands
 from data_tools.settings import BuildSettings
 
 app = typer.Typer(no_args_is_help=True, help="Make tokenized corpora from text, verify and inspect them.")
 add_commands(app)
+app.command()(images)
 
 # The commands import their work when called: `megascale --help` and planning on a login node stay fast.
 
@@ -103,6 +106,40 @@ def tokenize(
     )
     found = open_source(source, pattern, text_field, separator)
     run_build(found, out, settings, workers, overwrite, fast, tokenizer, array)
+
+
+@app.command()
+def pairs(
+    source: Annotated[Path, typer.Argument(help="JSON lines, a pair a line (also .gz and .zst).", show_default=False)],
+    out: OutOption,
+    source_field: Annotated[str, typer.Option(help="Field of the text that is read.")] = "source",
+    target_field: Annotated[str, typer.Option(help="Field of the text that is to be written.")] = "target",
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to use; one is trained without it.")] = None,
+    vocab_size: VocabSizeOption = BuildSettings.vocab_size,
+    eos_token: EosTokenOption = BuildSettings.eos_token,
+    validation_fraction: FractionOption = BuildSettings.validation_fraction,
+    deduplicate: DeduplicateOption = False,
+    seed: SeedOption = BuildSettings.seed,
+    shard_tokens: ShardTokensOption = BuildSettings.shard_tokens,
+    block_tokens: BlockTokensOption = BuildSettings.block_tokens,
+    workers: WorkersOption = None,
+    overwrite: OverwriteOption = False,
+    fast: FastOption = True,
+) -> None:
+    """Make a corpus of pairs of texts, such as translations, for data.objective.kind = pairs."""
+    from data_tools.corpora import find_source
+
+    settings = BuildSettings(
+        vocab_size=vocab_size,
+        eos_token=eos_token,
+        validation_fraction=validation_fraction,
+        deduplicate=deduplicate,
+        seed=seed,
+        shard_tokens=shard_tokens,
+        block_tokens=block_tokens,
+    )
+    found = replace(find_source(str(source), ("**/*.jsonl*",), source_field), target_field=target_field)
+    run_build(found, out, settings, workers, overwrite, fast, tokenizer)
 
 
 @app.command()

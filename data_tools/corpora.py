@@ -28,12 +28,14 @@ class Source:
         files: the files, at least one.
         text_field: field of a JSON line or of a tar's .json members, column of a parquet file.
         separator: what separates documents within a text file; a file is one document without it.
+        target_field: field of a JSON line that has the second text of a pair; None where a document is one text.
     """
 
     root: Path
     files: tuple[Path, ...]
     text_field: str = "text"
     separator: str | None = None
+    target_field: str | None = None
 
     def name(self, path: Path) -> str:
         """A file's name within the source."""
@@ -47,7 +49,8 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """Names the files as they are: equal while no file is added, removed or written to."""
-        digest = hashlib.sha256(f"{self.text_field!r} {self.separator!r}\n".encode())
+        pair = "" if self.target_field is None else f" {self.target_field!r}"
+        digest = hashlib.sha256(f"{self.text_field!r} {self.separator!r}{pair}\n".encode())
         for path in self.files:
             stat = file_stat(path)
             digest.update(f"{self.name(path)!r} {stat.st_size} {stat.st_mtime_ns}\n".encode())

@@ -1,18 +1,23 @@
 """Shows what a model reads: a row, decoded, with its source."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from megascale.config.data import ONLY_CORPUS, CorpusConfig, DataConfig
+from megascale.data.images import IMAGE_START
 from megascale.data.manifest import load_manifest, read_tokenizer
 from megascale.data.mixture import PERIOD, MixtureStage
+from megascale.data.objectives import IMAGE_ROW
 from megascale.data.order import CorpusShape, RowOrder
 from megascale.data.row import Row
 from megascale.data.rows import Corpus, open_corpus
 from megascale.data.stream import Stream
 from megascale.data.tokenizer import parse_tokenizer
 from megascale.errors import DataError
+
+SKETCH_ROWS, SHADES = 24, " .:-=+*#%@"
 
 
 def describe_corpus_row(folder: Path, split: str, number: int, seq_len: int, packing: str, seed: int | None) -> str:
@@ -30,9 +35,10 @@ def describe_corpus_row(folder: Path, split: str, number: int, seq_len: int, pac
     Raises:
         DataError: no such corpus or row, or damage.
     """
-    data, manifest = DataConfig(folder=str(folder), packing=packing), load_manifest(str(folder), split)
-    source = CorpusConfig(folder=str(folder), weight=1.0)
-    corpus = open_corpus(ONLY_CORPUS, source, split, data, seq_len, manifest.vocab_size)
+    manifest, source = load_manifest(str(folder), split), CorpusConfig(folder=str(folder), weight=1.0)
+    shape = IMAGE_ROW if manifest.holds_images else ()
+    data = DataConfig(folder=str(folder), packing="none" if manifest.holds_images else packing)
+    corpus = open_corpus(ONLY_CORPUS, source, split, data, seq_len, manifest.vocab_size, *shape)
     if number < 0 or (seed is None and number >= corpus.num_rows):
         raise DataError(f"--row {number} is not in 0 .. {corpus.num_rows - 1}, the rows of {manifest.index_place}")
     if seed is None:
@@ -69,6 +75,8 @@ def describe_row(corpus: Corpus, number: int, epoch: int, shard: int, row: int, 
         shard, row: where it lies.
         read: its tokens as they are read, rearranged to fill in the middle or not.
     """
+    if read.picture is not None:
+        return describe_image(corpus, number, epoch, shard, row, read)
     manifest, pieces = corpus.manifest, corpus.describe(shard, row)
     tokenizer = parse_tokenizer(read_tokenizer(manifest), manifest.tokenizer_place)
     lines = [
@@ -82,6 +90,20 @@ def describe_row(corpus: Corpus, number: int, epoch: int, shard: int, row: int, 
         )
         lines.append(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
     return "\n".join(lines)
+
+
+def describe_image(corpus: Corpus, number: int, epoch: int, shard: int, row: int, read: Row) -> str:
+    """An image: where it lies, what it is, and a sketch of it in characters, dark to light."""
+    manifest, (pixels_HWC, label) = corpus.manifest, read.picture
+    names = json.loads(read_tokenizer(manifest))["classes"]
+    height, width, colours = pixels_HWC.shape
+    grey_HW = pixels_HWC.mean(axis=2)[:: max(1, height // SKETCH_ROWS), :: max(1, width // (2 * SKETCH_ROWS))]
+    levels_HW = (grey_HW * (len(SHADES) / 256)).astype(int)
+    return "\n".join([
+        f"row {number}: corpus {corpus.name}, epoch {epoch}, {manifest.shard(shard).name}, image {row}: class {label} "
+        f"({names[label]}), {width} x {height} pixels of {colours} colours, {len(read.tokens) - IMAGE_START} bytes",
+        *("".join(SHADES[level] for level in line) for line in levels_HW),
+    ])
 
 
 def describe_change(num_read: int, num_tokens: int, is_end: bool) -> str:

@@ -31,10 +31,10 @@ def verify(folder: FolderArgument) -> None:
     from data_tools.verify import verify_corpus
 
     for manifest in verify_corpus(folder, Console(stderr=True)):
-        typer.echo(
-            f"{folder / manifest.split}: {manifest.num_shards} shards, {manifest.num_tokens:,} tokens, "
-            f"{manifest.num_documents:,} documents: good"
-        )
+        content = f"{manifest.num_tokens:,} tokens, {manifest.num_documents:,} documents"
+        if manifest.holds_images:
+            content = f"{manifest.num_documents:,} images of {manifest.vocab_size} classes"
+        typer.echo(f"{folder / manifest.split}: {manifest.num_shards} shards, {content}: good")
 
 
 def inspect_row(

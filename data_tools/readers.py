@@ -15,6 +15,8 @@ from megascale.errors import DataError
 MAX_DOCUMENT_BYTES = 1 << 30
 """Longest line or text that is read. A longer one is a mistake, or a bomb in a compressed file."""
 READ_BYTES = 1 << 20
+PAIR_SEPARATOR = "\x1e"
+"""Between the two texts of a pair on its way to the tokens, where the end-of-text token takes its place."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def read_json_lines(piece: Piece, source: Source, counts: ReadCounts) -> Iterato
         done = raw.tell()
         for number, line in enumerate(take_lines(file, first, piece, path), 1):
             try:
-                text = read_record(line, source.text_field, source.name(path), counts)
+                text = read_line(line, source, source.name(path), counts)
             except ValueError as error:
                 where = f"{path} line {count_lines(path, first) + number}"
                 raise DataError(f"{where} {error}") from None
@@ -161,6 +163,21 @@ def count_lines(path: Path, stop: int) -> int:
     with path.open("rb") as file:
         sizes = [READ_BYTES] * (stop // READ_BYTES) + [stop % READ_BYTES]
         return sum(file.read(size).count(b"\n") for size in sizes)
+
+
+def read_line(content: bytes, source: Source, name: str, counts: ReadCounts) -> str:
+    """The text of a line of JSON or, of a source of pairs, the two texts with `PAIR_SEPARATOR` between them.
+
+    Raises:
+        ValueError: what is wrong, to be completed by where.
+    """
+    text = read_record(content, source.text_field, name, counts)
+    if source.target_field is None or not content.strip():
+        return text
+    texts = text, read_record(content, source.target_field, name, counts)
+    if not all(part.strip() for part in texts) or any(PAIR_SEPARATOR in part for part in texts):
+        raise ValueError("isn't a pair: a text is empty, or has the control character U+001E; mend or remove it")
+    return PAIR_SEPARATOR.join(texts)
 
 
 def read_record(content: bytes, text_field: str, name: str, counts: ReadCounts) -> str:

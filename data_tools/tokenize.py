@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from data_tools.chunks import DOCUMENT_TABLE_DTYPE, ChunkFacts, TokenizedBatch, finish_chunk, write_chunk
 from data_tools.corpora import Piece, Source
 from data_tools.fast_bpe import RECHECK_EVERY, FastBpe, find_disagreement
-from data_tools.readers import Document, ReadCounts, read_piece
+from data_tools.readers import PAIR_SEPARATOR, Document, ReadCounts, read_piece
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
 from megascale.train.signals import stop_when_parent_dies
@@ -135,10 +135,20 @@ def tokenize_pieces(
         counts.documents -= int((~is_kept).sum())
         texts, table = [batch[number].text for number in np.flatnonzero(is_kept)], table[is_kept]
         if texts:
-            ids = encode(texts, table["hash"])
+            ids = encode_pairs(texts, table["hash"], encode, job.eos_id) if job.source.target_field else encode(
+                texts, table["hash"]
+            )
             table["tokens"] = [len(part) + 1 for part in ids]
             eos = np.array([job.eos_id], np.uint32)
             yield TokenizedBatch(np.concatenate([part for text_ids in ids for part in (text_ids, eos)]), table)
+
+
+def encode_pairs(texts: Sequence[str], hashes: np.ndarray, encode: Encode, eos_id: int) -> list[np.ndarray]:
+    """Ids of the first text of each pair, the end-of-text token, and ids of the second."""
+    parts = [part for text in texts for part in text.split(PAIR_SEPARATOR)]
+    ids = encode(parts, np.repeat(hashes, 2, axis=0))
+    eos = np.array([eos_id], np.uint32)
+    return [np.concatenate((source, eos, target)) for source, target in zip(ids[::2], ids[1::2], strict=True)]
 
 
 def describe_texts(texts: Sequence[str]) -> np.ndarray:

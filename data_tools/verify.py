@@ -8,6 +8,7 @@ from webdataset.filters import decode
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_tools.document_hash import hash_documents
+from data_tools.image_shards import verify_image_shard
 from data_tools.progress import track_bytes
 from data_tools.scan import scan_shard
 from megascale.data.location import local_path
@@ -54,7 +55,8 @@ def verify_split(manifest: Manifest, console: Console, damaged: list[str]) -> np
     with track_bytes(console, f"verify {manifest.split}", int(manifest.table["bytes"].sum())) as advance:
         for position in range(manifest.num_shards):
             try:
-                hashes.append(verify_shard(manifest, position))
+                verify = verify_image_shard if manifest.holds_images else verify_shard
+                hashes.append(verify(manifest, position))
             except DataError as error:
                 damaged.append(str(error))
             advance(int(manifest.table["bytes"][position]))

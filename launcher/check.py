@@ -7,12 +7,13 @@ from launcher.train import check_data, default_num_ranks
 from megascale.config.derive import Derived, derive, describe
 from megascale.config.load import load_config
 from megascale.config.schema import RunConfig
+from megascale.config.target import target_len
 from megascale.data.location import is_local, local_path
 from megascale.data.manifest import INDEX_FILE
 from megascale.data.plan import describe_plan
 from megascale.data.stream import plan_stream
 from megascale.errors import LaunchError
-from megascale.model.flops import layer_costs, num_parameters, train_flops_per_token
+from megascale.model.flops import block_layers, layer_costs, num_parameters, train_flops_per_token
 from megascale.model.memory import GIB, fullest_rank
 from megascale.parallel.stages import ideal_idle_fraction, plan_stages
 
@@ -28,7 +29,7 @@ def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | No
         raise LaunchError(f"--nproc {num_ranks}: use 1 or more")
     derived = derive(config, num_ranks or default_num_ranks(config), source=str(config_path))
     parameters = num_parameters(config.model)
-    flops = train_flops_per_token(config.model, config.train.seq_len)
+    flops = train_flops_per_token(config.model, config.train.seq_len, target_len(config))
     lines = [
         *describe(config, derived),
         *describe_stages(config, derived),
@@ -46,10 +47,9 @@ def describe_stages(config: RunConfig, derived: Derived) -> list[tuple[str, str]
     parallel = config.parallel
     if parallel.pp == 1:
         return []
-    costs = layer_costs(config.model, config.train.seq_len)
+    costs = layer_costs(config.model, config.train.seq_len, target_len(config))
     stages = plan_stages(costs, derived.num_stages, parallel.stage_layers)
-    blocks = range(1, 1 + config.model.num_layers)
-    split = [len(range(max(s.start, blocks.start), min(s.stop, blocks.stop))) for s in stages]
+    split = [len(block_layers(config.model).intersection(stage)) for stage in stages]
     shares = [sum(costs[stage.start : stage.stop]) / sum(costs) for stage in stages]
     lines = [("blocks per stage", f"{split} {'by hand' if parallel.stage_layers else 'by cost'}; the dearest stage does"
                                   f" {max(shares) * len(stages):.2f} times its equal share")]

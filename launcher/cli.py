@@ -30,6 +30,7 @@ class ExportFormat(StrEnum):
     """Formats that a checkpoint can be exported to."""
 
     HF = "hf"
+    ONNX = "onnx"
 
 
 class ExportDtype(StrEnum):
@@ -38,6 +39,13 @@ class ExportDtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class ComputeDtype(StrEnum):
+    """Precisions that a model can compute in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
 
 
 @app.command()
@@ -92,38 +100,87 @@ def parity(
         raise typer.Exit(EXIT_DIFFERENT)
 
 
+@app.command("coord-check")
+def coord_check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    widths: Annotated[str, typer.Option(help="Values of model.d_model; the first is muP's base.")] = "64,128,256",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each model.")] = 4,
+    plot: Annotated[Path | None, typer.Option(help="Draw the sizes into this picture, such as check.png.")] = None,
+) -> None:
+    """Measure how activations grow with the width, with muP and without."""
+    from launcher.coord_check import check_coordinates
+
+    check_coordinates(config, overrides or [], widths, steps, plot)
+
+
 @app.command()
 def generate(
     run: RunFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    prompts_file: Annotated[Path | None, typer.Option(help="Texts to continue together, a line each.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total chance.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, help="Search, this wide, instead of sampling.")] = 1,
+    best: Annotated[int, typer.Option(min=1, help="Texts of a search for each prompt, the best ones.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of a search: above 0 favours longer texts.")] = 1.0,
+    step: Annotated[int | None, typer.Option(help="Checkpoint. Default: the newest whole one.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that share the model on this machine.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks that share it.")] = 1,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep keys and values of earlier tokens.")] = True,
+    dtype: Annotated[ComputeDtype, typer.Option(help="That the model computes in.")] = ComputeDtype.FP32,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
 ) -> None:
-    """Continue a text with the newest whole checkpoint of a run."""
-    from launcher.generate import generate_text
+    """Continue texts with a checkpoint of a run."""
+    from launcher.generate import Drawing, generate_text
 
-    generate_text(run, prompt, max_tokens, temperature, top_k, top_p, seed, tp=tp, pp=pp)
+    drawing = Drawing(max_tokens, temperature, top_k, top_p, seed, samples, beams, best, length_penalty, cache, dtype)
+    generate_text(run, prompts_file or [prompt], drawing, step=step, tp=tp, pp=pp, as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change to the config.")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint. Default: the newest whole one.")] = None,
+    nproc: Annotated[int, typer.Option("--nproc", help="Ranks on this machine.")] = 1,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="First rows of each split. Default: all.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights instead of the last ones.")] = False,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness instead, by comma.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First documents of each task. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Say how well a checkpoint does: loss, perplexity and hits on each validation split."""
+    from launcher.evaluate import evaluate_run, evaluate_tasks
+
+    if tasks is not None:
+        evaluate_tasks(run, step, tasks, limit, ema=ema)
+    else:
+        evaluate_run(run, step, changes or [], nproc, ema=ema, max_rows=max_rows, as_json=as_json)
 
 
 @app.command()
 def export(
     run: RunFolder,
-    form: Annotated[ExportFormat, typer.Option("--format", help="Whose format: hf is a folder for transformers.")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="hf: a folder for transformers; onnx: a graph.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint to export. Default: the newest whole one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make. Default: RUN/export/hf_step_N.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make. Default: RUN/export/FORMAT_step_N.")] = None,
     dtype: Annotated[ExportDtype, typer.Option(help="Of the weights.")] = ExportDtype.FLOAT32,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare logits with transformers'.")] = True,
+    ema: Annotated[bool, typer.Option("--ema", help="Export the averaged weights (optimizer.ema_decay).")] = False,
 ) -> None:
     """Write a checkpoint as a folder that other tools load, and check that they compute the same."""
-    from launcher.export import export_run
+    from launcher.export import export_graph, export_run
 
-    export_run(run, step, out, dtype.value, max_shard_size, is_checked=check)
+    if form == ExportFormat.ONNX:
+        export_graph(run, step, out, dtype.value, is_averaged=ema)
+        return
+    export_run(run, step, out, dtype.value, max_shard_size, is_checked=check, is_averaged=ema)
 
 
 @app.command("import")

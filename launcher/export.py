@@ -7,12 +7,14 @@ from launcher.request import FRUGAL_ENVIRONMENT, run_request
 from megascale.errors import ConfigError
 
 EXPORT_MODULE = "megascale.export.hf_export"
+ONNX_MODULE = "megascale.export.onnx_export"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """Powers of ten, as transformers' `max_shard_size` counts."""
 
 
 def export_run(
-    run_folder: Path, step: int | None, out: Path | None, dtype: str, max_shard_size: str, *, is_checked: bool
+    run_folder: Path, step: int | None, out: Path | None, dtype: str, max_shard_size: str, *, is_checked: bool,
+    is_averaged: bool = False,
 ) -> None:
     """Writes a run's weights as a folder that transformers loads, and compares the logits of both sides.
 
@@ -22,8 +24,26 @@ def export_run(
     """
     run_request(EXPORT_MODULE, {
         "run_folder": str(run_folder), "step": step, "out": str(out) if out else None, "dtype": dtype,
-        "max_shard_bytes": parse_size(max_shard_size), "check": is_checked,
+        "max_shard_bytes": parse_size(max_shard_size), "check": is_checked, "kind": "ema" if is_averaged else "master",
     }, FRUGAL_ENVIRONMENT)
+
+
+def export_graph(
+    run_folder: Path, step: int | None, out: Path | None, dtype: str, *, is_averaged: bool = False
+) -> None:
+    """Writes a run's decoder as an ONNX graph, and compares the logits of both sides.
+
+    Raises:
+        ConfigError: another precision than fp32.
+        RankFailedError: the exporting process failed, for the reason in its message.
+    """
+    if dtype != "float32":
+        raise ConfigError(f"--format onnx --dtype {dtype}: graphs are written in float32; leave --dtype out, and"
+                          " convert the graph with onnxruntime's tools")
+    run_request(ONNX_MODULE, {
+        "run_folder": str(run_folder), "step": step, "out": str(out) if out else None,
+        "kind": "ema" if is_averaged else "master",
+    })
 
 
 def parse_size(text: str) -> int:

@@ -31,7 +31,7 @@ TOLERANCE = {"fp32": 1e-6, "bf16": 2.0**-6, "fp16": 2.0**-9}
 rounding is 2^-24 in fp32, 2^-8 in bf16 and 2^-11 in fp16."""
 BYTES_PER_STEP = 16
 """Of a trace for each parameter: gradient, two moments, master."""
-AXIS_PATTERN = re.compile(r"(pp|dp|cp|tp|zero)(\d+)")
+AXIS_PATTERN = re.compile(r"(pp|dp|cp|tp|ep|zero)(\d+)")
 LENGTH_KEYS = ("max_steps", "on_nonfinite", "max_skipped_steps")
 """Of the train section, what says when a run ends and not how a step is computed."""
 EXAMPLE = "tp2,pp2,dp2,zero1,schedule=interleaved_1f1b"
@@ -95,7 +95,7 @@ def parse_layout(text: str) -> LayoutChoice:
     Raises:
         ConfigError: a word that is neither an axis with its size nor a setting of how a step is computed.
     """
-    sizes, overrides, seen = dict.fromkeys(AXES, 1), [], set()
+    sizes, overrides, seen = dict.fromkeys((*AXES, "ep"), 1), [], set()
     for word in re.split(r",(?![^\[]*\])", text):
         word = word.strip()
         axis, (key, separator, value) = AXIS_PATTERN.fullmatch(word), word.partition("=")
@@ -106,8 +106,8 @@ def parse_layout(text: str) -> LayoutChoice:
         if axis is None:
             if not separator:
                 raise ConfigError(
-                    f"--layout {text}: `{word}` is neither an axis with its size ({', '.join(AXES)}), nor zero with its"
-                    f" stage, nor key=value; write it like {EXAMPLE}"
+                    f"--layout {text}: `{word}` is neither an axis with its size ({', '.join(sizes)}), nor zero with"
+                    f" its stage, nor key=value; write it like {EXAMPLE}"
                 )
             overrides.append(f"{section_of(key, text)}.{key}={value}")
         elif name == "zero":
@@ -127,13 +127,13 @@ def section_of(key: str, text: str) -> str:
     Raises:
         ConfigError: it is no setting, or one that changes what is computed.
     """
-    legal = {name: "parallel" for name in ParallelConfig.model_fields if name not in (*AXES, "zero_stage")}
+    legal = {name: "parallel" for name in ParallelConfig.model_fields if name not in (*AXES, "ep", "zero_stage")}
     legal |= {
         name: "train" for name in TrainConfig.model_fields if keeps_maths(f"train.{name}") and name not in LENGTH_KEYS
     }
     if key in legal:
         return legal[key]
-    if key in (*AXES, "zero_stage", "zero"):
+    if key in (*AXES, "ep", "zero_stage", "zero"):
         raise ConfigError(f"--layout {text}: write `{key.removesuffix('_stage')}` with its number, as in {EXAMPLE}")
     raise ConfigError(
         f"--layout {text}: `{key}` isn't a setting that may differ between layouts of one run; those are"
@@ -148,6 +148,12 @@ def check_layout(config_path: Path, choice: LayoutChoice, overrides: Sequence[st
         MegascaleError: the first thing that is wrong, with the layout that it is about.
     """
     config = load_config(config_path, [*overrides, *choice.overrides])
+    if config.optimizer.kind != "adamw" or config.optimizer.ema_decay is not None:
+        raise ConfigError(
+            f"{config_path}: optimizer.kind = {config.optimizer.kind}, optimizer.ema_decay ="
+            f" {config.optimizer.ema_decay}: parity compares what AdamW keeps of each parameter; for layouts it is as"
+            " good, so add optimizer.kind=adamw, and optimizer.ema_decay=null"
+        )
     if not 1 <= num_steps <= config.train.max_steps:
         raise ConfigError(f"--steps {num_steps}: {config_path} has train.max_steps = {config.train.max_steps}; use 1 to"
                           f" {config.train.max_steps}")

@@ -12,7 +12,7 @@ from data_tools.build import build_corpus
 from data_tools.corpora import find_source
 from data_tools.settings import BuildSettings
 from launcher.baselines import fit_baselines
-from launcher.generate import generate_text
+from launcher.generate import Drawing, generate_text
 from launcher.local import count_cores, count_gpus
 from launcher.train import start_training
 from megascale.config.load import load_config
@@ -53,7 +53,7 @@ def run_quickstart() -> None:
     fit = fit_baselines(run_folder)
     _announce(4, "sample and report")
     sample = generate_text(
-        run_folder, PROMPT, max_tokens=200, temperature=0.8, top_k=50, top_p=None, seed=0, capture=True
+        run_folder, [PROMPT], Drawing(max_tokens=200, temperature=0.8, top_k=50, top_p=None, seed=0), capture=True
     )
     (run_folder / SAMPLE_FILE).write_text(sample, encoding="utf-8")
     print(sample)

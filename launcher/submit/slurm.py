@@ -15,6 +15,7 @@ from launcher.submit.snapshot import SCRIPT_FILE, check_no_secrets, name_submiss
 from launcher.submit.time_limit import check_time_limit, choose_step_time
 from launcher.supervise.records import LAUNCH_FOLDER, LOGS_FOLDER, excluded_nodes, read_node_faults
 from megascale.config.dump import resolved_values, to_yaml
+from megascale.config.target import target_len
 from megascale.errors import LaunchError
 from megascale.model.flops import train_flops_per_token
 from megascale.observe.run_files import SESSIONS_FILE, read_json_lines, read_metrics, write_atomically
@@ -85,7 +86,8 @@ def check_launch(launch: Launch, request: LaunchRequest, time: str | None) -> li
         config = launch.config
         step = choose_step_time(
             read_metrics(plan.folder), read_json_lines(plan.folder / SESSIONS_FILE), plan.world_size,
-            config.train.global_batch_tokens, train_flops_per_token(config.model, config.train.seq_len),
+            config.train.global_batch_tokens,
+            train_flops_per_token(config.model, config.train.seq_len, target_len(config)),
             plan.cluster.peak_flops_per_device,
         )
         check_time_limit(time, plan.cluster.grace_s, config.checkpoint.interval_steps, step)

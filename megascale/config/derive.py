@@ -114,6 +114,11 @@ def _describe_axes(config: RunConfig, derived: Derived) -> list[tuple[str, str]]
         lines.append(("context parallel", (
             f"{parallel.context_attention} attention over seq_len {config.train.seq_len} / cp {cp} ="
             f" {derived.attention_columns} positions")))
+    if parallel.ep > 1:
+        experts, replicas = model.moe.num_experts, derived.dp * cp
+        lines.append(("expert parallel", (
+            f"each of ep {parallel.ep} ranks: {experts} / {parallel.ep} = {experts // parallel.ep} experts of a layer;"
+            f" dp {derived.dp} x cp {cp} / {parallel.ep} = {replicas // parallel.ep} ranks hold the same ones")))
     if parallel.is_sequence_parallel:
         lines.append(("sequence parallel", (
             f"norms, dropout and residual on seq_len {config.train.seq_len} / cp {cp} / tp {tp} ="
@@ -130,7 +135,8 @@ def _describe_sharding(config: RunConfig, derived: Derived) -> str:
     parallel = config.parallel
     where = "; optimizer state in CPU memory" if parallel.offload_optimizer == "cpu" else ""
     over = f"dp {derived.dp} x cp {parallel.cp} = {derived.dp * parallel.cp}"
-    return f"ZeRO-{parallel.zero_stage} over {over}{where}"
+    experts = f", of experts over {derived.dp * parallel.cp // parallel.ep}" if parallel.ep > 1 else ""
+    return f"ZeRO-{parallel.zero_stage} over {over}{experts}{where}"
 
 
 def _describe_recompute(config: RunConfig) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from itertools import product
 from math import lcm, log2
 
+from megascale.config.ep_rules import expert_degrees, expert_rules
 from megascale.config.model import divisors, divisors_of
+from megascale.config.moe_rules import expert_width_rules
 from megascale.config.schedules import (
     SCHEDULES,
     micro_batch_rule,
@@ -15,8 +17,11 @@ from megascale.config.schedules import (
     schedules_that_take,
     takes_micro_batches,
 )
+from megascale.config.optimizer_rules import optimizer_rules
 from megascale.config.schema import RunConfig
+from megascale.config.t5_rules import pair_layout_rules
 from megascale.config.training import ParallelConfig, TrainConfig
+from megascale.config.vit_rules import vit_layout_rules
 
 MAX_PROPOSALS = 3
 
@@ -24,7 +29,8 @@ MAX_PROPOSALS = 3
 def layout_problems(config: RunConfig, world_size: int) -> list[str]:
     """Every rule that the layout breaks on `world_size` ranks."""
     rules = (_rank_rules, _zero_rules, _head_rules, _width_rules, _sequence_rules, _stage_rules, _hand_split_rules,
-             _micro_batch_rules, _compile_rules)
+             _micro_batch_rules, _compile_rules, vit_layout_rules, expert_rules, pair_layout_rules, expert_width_rules,
+             optimizer_rules)
     return [problem for rule in rules for problem in rule(config, world_size)]
 
 
@@ -49,17 +55,17 @@ def batch_sizes(train: TrainConfig) -> dict[str, int]:
 def nearest_layouts(config: RunConfig, world_size: int) -> list[ParallelConfig]:
     """The legal layouts of `world_size` ranks nearest to the one asked for, nearest first.
 
-    Everything but tp, pp and cp stays as it was; a split of the layers by hand goes where it no longer fits. Distance
-    is the number of doublings and halvings from one layout to the other, then that of the ranks of a replica.
+    Everything but tp, pp, cp and ep stays as it was; a split of the layers by hand goes where it no longer fits.
+    Distance is the number of doublings and halvings from one layout to the other, then that of the ranks of a replica.
     """
     asked = config.parallel
 
-    def distance(degrees: tuple[int, int, int]) -> tuple:
-        changes = [log2(new / old) for new, old in zip(degrees, (asked.tp, asked.pp, asked.cp), strict=True)]
-        return sum(map(abs, changes)), abs(sum(changes)), degrees
+    def distance(degrees: tuple[int, int, int, int]) -> tuple:
+        changes = [log2(new / old) for new, old in zip(degrees, (asked.tp, asked.pp, asked.cp, asked.ep), strict=True)]
+        return sum(map(abs, changes)), abs(sum(changes[:3])), degrees
 
     found = []
-    layouts = product(divisors_of(world_size), repeat=3)
+    layouts = product(*[divisors_of(world_size)] * 3, expert_degrees(config))
     for degrees in sorted((d for d in layouts if world_size % (d[0] * d[1] * d[2]) == 0), key=distance):
         candidate = _with_degrees(config, *degrees)
         unit = batch_unit(candidate, world_size)
@@ -80,12 +86,13 @@ def describe_proposals(config: RunConfig, world_size: int) -> str:
     for layout in layouts:
         dp = world_size // num_model_ranks(layout)
         split = " without stage_layers" if layout.stage_layers != config.parallel.stage_layers else ""
-        described.append(f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {dp}{split}")
+        experts = f" with ep {layout.ep}" if layout.ep > 1 or config.parallel.ep > 1 else ""
+        described.append(f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {dp}{experts}{split}")
     return f"the nearest legal layouts of {world_size} ranks: {'; '.join(described)}"
 
 
-def _with_degrees(config: RunConfig, tp: int, pp: int, cp: int) -> RunConfig:
-    parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp, "cp": cp})
+def _with_degrees(config: RunConfig, tp: int, pp: int, cp: int, ep: int) -> RunConfig:
+    parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp, "cp": cp, "ep": ep})
     candidate = config.model_copy(update={"parallel": parallel})
     if any(_hand_split_rules(candidate, tp * pp * cp)):
         parallel = parallel.model_copy(update={"stage_layers": None})
@@ -146,6 +153,8 @@ def _width_rules(config: RunConfig, world_size: int) -> Iterable[str]:
 
 
 def _sequence_rules(config: RunConfig, world_size: int) -> Iterable[str]:
+    if config.model.vision is not None:
+        return  # its rows are images, which have rules of their own
     parallel, seq_len = config.parallel, config.train.seq_len
     tp, cp, is_ring = parallel.tp, parallel.cp, parallel.context_attention == "ring"
     num_chunks = (2 * cp if is_ring else cp) if cp > 1 else 1
@@ -167,7 +176,7 @@ def _sequence_rules(config: RunConfig, world_size: int) -> Iterable[str]:
 
 
 def _stage_rules(config: RunConfig, world_size: int) -> Iterable[str]:
-    parallel, num_layers = config.parallel, config.model.num_layers
+    parallel, num_layers = config.parallel, config.model.num_blocks
     if num_layers < parallel.num_stages:
         most = max(1, num_layers // parallel.stages_per_rank)
         fewer = " or fewer virtual_stages," if parallel.stages_per_rank > 1 else ""

@@ -54,7 +54,7 @@ def load_config(path: Path, overrides: list[str] = ()) -> RunConfig:
     """
     values = _read_with_base(path)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, source=str(path))
 
 
@@ -106,7 +106,8 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Changes plain values as an override such as `train.max_steps=300` says; raises ConfigError if it says nothing."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override `{override}` is not of the form section.key=value")

@@ -17,7 +17,7 @@ OWN_FIELDS = {
     "rope_theta": _ROTARY, "rope_scaling": _ROTARY, "qk_norm": _ROTARY, "attention_softcap": _ROTARY,
     "logit_softcap": _ROTARY, "window": ("gpt2", *_ROTARY), "global_every": _ROTARY,
     "num_decoder_layers": ("t5", "transformer"), "relative_buckets": ("t5",), "relative_max_distance": ("t5",),
-    "num_segments": ("bert",), "moe": ("moe",), "vision": ("vit",),
+    "num_segments": ("bert",), "mup_base_width": ("gpt2", "llama"), "pair_head": ("bert",), "moe": ("moe",), "vision": ("vit",),
 }
 """Fields that only some families can honour; others refuse them rather than ignore them."""
 NEEDED = {"moe": "moe", "vision": "vit"}
@@ -84,6 +84,8 @@ class ModelConfig(Section):
     """t5: distances from here on share one bucket, in tokens."""
     num_segments: Count = 2
     """bert: kinds of segments that have an embedding of their own."""
+    pair_head: bool = False
+    """bert: whether the head also tells if two segments belong together, which data.objective.pair_task trains."""
     moe: MoeConfig | None = None
     """Experts of family moe."""
     vision: VisionConfig | None = None
@@ -96,7 +98,15 @@ class ModelConfig(Section):
     bias: bool | None = None
     """Whether linear layers and LayerNorm have biases. Empty: true for gpt2, bert, transformer and vit."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the initial weights. 0.02 as in GPT (Radford et al. 2018, section 4.1)."""
+    """Standard deviation of the initial weights, where the family's paper has no other rule (docs/optimizers.md). 0.02
+    as in GPT (Radford et al. 2018, section 4.1)."""
+    init_scale: Annotated[float, Field(gt=0)] | None = None
+    """With it, weight matrices begin truncated normal with variance init_scale / number of inputs, in place of the
+    family's rule; 0.1 in Switch (Fedus et al. 2021, section 2.4). Empty, the default: the family's rule."""
+    mup_base_width: Count | None = None
+    """gpt2, llama: d_model of the model whose learning rate and init_std these are; this one's are derived from them
+    by width, so that what is best for a narrow model is best for a wide one (muP, Yang et al. 2022, arXiv 2203.03466,
+    table 8). Empty, the default: no transfer."""
 
     @property
     def traits(self) -> Traits:
@@ -146,6 +156,19 @@ class ModelConfig(Section):
         return round_up(-(-8 * self.d_model // 3), 64) if self.is_gated else 4 * self.d_model
 
     @property
+    def expert_dim(self) -> int:
+        """Features of an expert, for family moe."""
+        return self.moe.d_expert or self.ffn_dim
+
+    @property
+    def sparse_blocks(self) -> list[int]:
+        """Numbers of the blocks that have experts."""
+        if self.moe is None:
+            return []
+        first = self.moe.num_dense_layers + self.moe.every - 1
+        return list(range(first, self.num_layers, self.moe.every))
+
+    @property
     def is_rotary(self) -> bool:
         """Whether positions turn queries and keys, rather than add to the embedding."""
         return self.traits.positions == "rotary"
@@ -164,6 +187,11 @@ class ModelConfig(Section):
     def has_bias(self) -> bool:
         """`bias`, resolved."""
         return self.traits.has_bias if self.bias is None else self.bias
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times wider than muP's base model; 1 without muP."""
+        return self.d_model / (self.mup_base_width or self.d_model)
 
     @property
     def padded_vocab_size(self) -> int:

@@ -1,6 +1,6 @@
 """The section that says what a model learns from a row."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,15 @@ class ObjectiveConfig(Section):
     """mlm: whether rows are two segments, and the model also tells if the second follows the first (`nsp`, Devlin et
     al. 2019), or if they are in their order (`sop`, Lan et al. 2019, arXiv 1909.11942)."""
 
+    mask_token: str = "[MASK]"
+    """mlm: what stands for a hidden token. It and the next two must be in the tokenizer."""
+
+    cls_token: str = "[CLS]"
+    """mlm: begins each row."""
+
+    sep_token: str = "[SEP]"
+    """mlm: ends each segment."""
+
     mean_span_tokens: float = Field(3.0, ge=1)
     """span: mean length of a hidden span, in tokens."""
 
@@ -43,3 +52,12 @@ class ObjectiveConfig(Section):
 
     flips: bool = False
     """Images: mirror half of them."""
+
+    pixel_mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3, strict=False)] = (0.5,)
+    """Images: subtracted from each pixel, which lies in 0 to 1; one number for all colours, or one for each. 0.5 gives
+    -1 to 1, as the published ViT takes."""
+
+    pixel_std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=3, strict=False)] = (
+        0.5,
+    )
+    """Images: what the rest is then divided by, likewise."""

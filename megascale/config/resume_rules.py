@@ -47,6 +47,7 @@ SAFE_KEYS = (
     "train.max_skipped_steps",
     "parallel.",
     "evaluate.",
+    "optimizer.validate_ema",
     "checkpoint.",
     "observe.",
 )
@@ -77,18 +78,38 @@ MATHS_KEYS = (
     "model.moe.z_weight",
     "data.objective.mask_fraction",
     "data.objective.whole_word",
+    "data.objective.mask_token",
+    "data.objective.cls_token",
+    "data.objective.sep_token",
     "data.objective.mean_span_tokens",
     "data.objective.label_smoothing",
     "data.objective.crop_min_fraction",
     "data.objective.flips",
+    "data.objective.pixel_mean",
+    "data.objective.pixel_std",
+    "model.vision.mae_patch_norm",
     "model.dropout",
     "model.init_std",
+    "model.init_scale",
+    "model.mup_base_width",
     "data.document_mask",
     "data.label_document_starts",
     "data.fim.",
     "train.global_batch_tokens",
     "train.batch_ramp",
-    "optimizer.",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.horizon_steps",
+    "optimizer.min_fraction",
+    "optimizer.decay_fraction",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.eps",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.groups",
     "precision.",
 )
 """Keys with which the saved weights and the position in the stream keep their meaning, but the steps to come compute
@@ -96,6 +117,7 @@ something else. A new seed deals the rows to come in another order: of an epoch 
 not at all."""
 
 _SHAPE = "the weights have other shapes or another meaning"
+_STATE = "the checkpoint has none of the state that the optimizer would go on from"
 _ROWS = "row numbers would mean other rows, and the position of the run is one"
 FORBIDDEN_KEYS = {
     "model.family": _SHAPE,
@@ -106,6 +128,7 @@ FORBIDDEN_KEYS = {
     "model.qk_norm": _SHAPE,
     "model.relative_buckets": _SHAPE,
     "model.num_segments": _SHAPE,
+    "model.pair_head": _SHAPE,
     "model.moe": _SHAPE,
     "model.moe.num_experts": _SHAPE,
     "model.moe.d_expert": _SHAPE,
@@ -129,6 +152,8 @@ FORBIDDEN_KEYS = {
     "model.max_seq_len": _SHAPE,
     "model.tie_embeddings": _SHAPE,
     "model.bias": _SHAPE,
+    "optimizer.kind": _STATE,
+    "optimizer.ema_decay": _STATE,
     "data.packing": _ROWS,
     "data.objective.kind": _ROWS,
     "data.objective.pair_task": _ROWS,

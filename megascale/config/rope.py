@@ -1,8 +1,8 @@
 """The section that stretches rotary positions to contexts longer than a model was trained on."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megascale.config.base import Section
 
@@ -32,3 +32,15 @@ class RopeScalingConfig(Section):
 
     beta_slow: float = Field(1.0, gt=0)
     """`yarn`: frequencies that turn less often than this are divided by the whole factor."""
+
+    @model_validator(mode="after")
+    def check_ramp(self) -> Self:
+        """Refuses a ramp whose ends are the wrong way round."""
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"model.rope_scaling.{low} = {getattr(self, low):g} isn't under {high} = {getattr(self, high):g}:"
+                    f" frequencies between them are blended; leave both out for 1 and"
+                    f" {type(self).model_fields[high].default:g}"
+                )
+        return self

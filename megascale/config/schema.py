@@ -8,9 +8,9 @@ from megascale.config.data import DataConfig
 from megascale.config.families import ObjectiveKind
 from megascale.config.model import ModelConfig
 from megascale.config.observe import ObserveConfig
+from megascale.config.optimizer import OptimizerConfig
 from megascale.config.training import (
     EvaluateConfig,
-    OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     TrainConfig,
@@ -46,7 +46,7 @@ class RunConfig(Section):
     """Batch, length and step."""
 
     optimizer: OptimizerConfig
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""

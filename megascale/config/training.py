@@ -97,45 +97,6 @@ class TrainConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule."""
-
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate, reached at the end of the warm-up."""
-
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """Shape after the warm-up: `wsd` (warm-up, stable, decay) stays at the peak and falls over the last
-    `decay_fraction` of the run (MiniCPM, arXiv 2404.06395, section 4)."""
-
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly to the peak."""
-
-    horizon_steps: int | None = Field(None, ge=1)
-    """Step at which the schedule ends; train.max_steps when not given. Give it to make a run longer later without
-    changing the part already trained."""
-
-    min_fraction: float = Field(0.1, ge=0, le=1)
-    """Final learning rate as a fraction of the peak (0.1: Chinchilla, arXiv 2203.15556, appendix B)."""
-
-    decay_fraction: float = Field(0.2, gt=0, le=1)
-    """Part of the horizon over which `wsd` decays."""
-
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-
-    beta2: float = Field(0.95, ge=0, lt=1)
-    """Decay of the second moment (0.95: GPT-3, arXiv 2005.14165, appendix B)."""
-
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
-
-    weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay of matrices; norms and biases have none (0.1: GPT-3, arXiv 2005.14165, appendix B)."""
-
-    clip_norm: float = Field(1.0, ge=0)
-    """Largest L2 norm of the whole gradient; larger ones are scaled down to it. 0 turns clipping off."""
-
-
 class PrecisionConfig(Section):
     """The number formats of the run. Masters, moments and gradient accumulation are fp32 in each of them."""
 
@@ -182,6 +143,11 @@ class ParallelConfig(Section):
     cp: int = Field(1, ge=1)
     """Context-parallel ranks that share the positions of each row; 1, the default, shares none. For sequences whose
     activations don't fit."""
+
+    ep: int = Field(1, ge=1)
+    """Expert-parallel ranks that share out the experts of each layer, among the dp x cp ranks that otherwise hold the
+    same weights; 1, the default, shares none. Two all-to-alls a layer take tokens to their experts and back (Lepikhin
+    et al. 2020, GShard, arXiv 2006.16668, section 3.2). ep divides dp x cp and the number of experts."""
 
     sequence_parallel: bool | None = None
     """Whether tp ranks also share the positions of norms, dropout and the residual stream (Korthikanti et al. 2022,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from megascale.config.bert_rules import bert_rules
 from megascale.config.layout_rules import (
     batch_sizes,
     batch_unit,
@@ -9,7 +10,11 @@ from megascale.config.layout_rules import (
     layout_problems,
     nearest_multiples,
 )
+from megascale.config.moe_rules import moe_rules
+from megascale.config.palm_rules import palm_rules
 from megascale.config.schema import RunConfig
+from megascale.config.t5_rules import pair_rules
+from megascale.config.vit_rules import vit_rules
 from megascale.errors import ConfigError
 
 
@@ -21,7 +26,7 @@ def check_config(config: RunConfig, world_size: int, source: str | None) -> None
     Raises:
         ConfigError: one line per broken rule, and the nearest legal layouts where the layout is at fault.
     """
-    rules = (_length_rules, _batch_rules, _warmup_rules)
+    rules = (_length_rules, _batch_rules, _warmup_rules, bert_rules, palm_rules, moe_rules, pair_rules, vit_rules)
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if layout := layout_problems(config, world_size):
         problems += [*layout, describe_proposals(config, world_size)]

@@ -9,12 +9,14 @@ import torch
 
 from megascale.config.batch_plan import BatchPlan
 from megascale.data.batch import Batch
+from megascale.data.images import plain
 from megascale.data.ledger import StepCounts, count_rows
 from megascale.data.location import is_local
-from megascale.data.objectives import Arrays, RowObjective
+from megascale.data.objectives import Arrays, RowObjective, wants_partners
 from megascale.data.order import Places
 from megascale.data.permutation import derive_key
 from megascale.data.prefetch import Prefetched
+from megascale.data.row import Row
 from megascale.data.rows import Corpus, check_batches
 from megascale.data.stream import Fault, Stream
 
@@ -145,6 +147,15 @@ def build_batch(arrays: Arrays, row_numbers: np.ndarray, part: slice) -> Batch:
     })
 
 
+def read_unshuffled(corpus: Corpus, number: int, has_partner: bool) -> Row:
+    """A row by its number in the order of the shards, with its neighbour by number where that is wanted."""
+    row = corpus.read(*corpus.locate_unshuffled(number))
+    if not has_partner or corpus.num_rows < 2:
+        return row
+    neighbour = number ^ 1 if number ^ 1 < corpus.num_rows else number - 1
+    return row._replace(partner=corpus.read(*corpus.locate_unshuffled(neighbour)).tokens)
+
+
 def evaluation_batches(
     corpus: Corpus, objective: RowObjective, micro_rows: int, replica: int, num_replicas: int,
     max_rows: int | None = None,
@@ -166,6 +177,7 @@ def evaluation_batches(
     for first in range(replica * micro_rows, num_rows + replica * micro_rows, num_replicas * micro_rows):
         row_numbers = np.arange(first, first + micro_rows)
         row_numbers[row_numbers >= num_rows] = -1
-        rows = [corpus.read(*corpus.locate_unshuffled(number)) if number >= 0 else None
+        rows = [read_unshuffled(corpus, number, wants_partners(objective)) if number >= 0 else None
                 for number in row_numbers.tolist()]
-        yield build_batch(objective.assemble(rows, derive_key(VALIDATION_KEY, row_numbers)), row_numbers, slice(None))
+        arrays = plain(objective).assemble(rows, derive_key(VALIDATION_KEY, row_numbers))
+        yield build_batch(arrays, row_numbers, slice(None))

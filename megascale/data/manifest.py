@@ -83,10 +83,11 @@ class Index(BaseModel):
     """Version of the format."""
     split: str
     """`train` or `validation`, also the name of the sub-folder."""
-    dtype: Literal["uint16", "uint32"]
-    """Type of a token on disk, little endian: uint16 where the vocabulary has at most 65,536 entries."""
+    dtype: Literal["uint8", "uint16", "uint32"]
+    """Type of a token on disk, little endian: uint16 where the vocabulary has at most 65,536 entries. uint8: the split
+    holds images, and its "tokens" are the bytes of their samples."""
     vocab_size: PositiveInt
-    """Every token id is below it."""
+    """Every token id, or class of an image, is below it."""
     eos_id: NonNegativeInt
     """The token that ends each document."""
     text_bytes: NonNegativeInt
@@ -144,6 +145,11 @@ class Manifest:
     @property
     def num_documents(self) -> int:
         return self.index.num_documents
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether its documents are images, each a sample of its own, see `megascale.data.images`."""
+        return self.index.dtype == "uint8"
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -266,6 +272,11 @@ def _missing_index(folder: str, split: str, place: str) -> str:
 
 def check_vocabulary(manifest: Manifest, vocab_size: int) -> None:
     """Refuses a split with token ids that a model of `vocab_size` ids doesn't know."""
+    if manifest.holds_images and manifest.vocab_size > vocab_size:
+        raise DataError(
+            f"the corpus has {manifest.vocab_size} classes, model.vocab_size = {vocab_size} is smaller; set"
+            f" model.vocab_size to {manifest.vocab_size} ({manifest.index_place})"
+        )
     if manifest.vocab_size > vocab_size:
         raise DataError(
             f"the corpus has {manifest.vocab_size} token ids, model.vocab_size = {vocab_size} is smaller; set "

@@ -9,13 +9,18 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megascale.config.bert_rules import text_tokens
 from megascale.config.schema import RunConfig
+from megascale.config.target import span_plan
 from megascale.data.row import Row
 
 IGNORED_LABEL = -100
 """A position without label. torch's cross-entropy ignores this value by default."""
 
 
+PAIR_LABELS = (-1, -2)
+"""In place of the first position's label: the two segments of a row are in order, or they aren't. Under 0, so that a
+pair isn't counted as a token."""
 NO_ROW = Row(np.zeros(1, np.uint16), [1], 0)
 """Stands for a row that can't be read: a token, and no label."""
 
@@ -46,6 +51,7 @@ class RowObjective(Protocol):
     Attributes:
         row_tokens: tokens of text that a row takes at most.
         overlap: tokens that the next row of a text takes again.
+        reads_partners: whether it wants `Row.partner`; no, where it says nothing.
     """
 
     row_tokens: int
@@ -60,6 +66,11 @@ class RowObjective(Protocol):
         """
 
 
+def wants_partners(objective: RowObjective) -> bool:
+    """Whether an objective makes pairs of rows."""
+    return getattr(objective, "reads_partners", False)
+
+
 class RowShape(NamedTuple):
     """How much text a row takes, see `RowObjective`."""
 
@@ -67,8 +78,22 @@ class RowShape(NamedTuple):
     overlap: int
 
 
+IMAGE_ROW = RowShape(1 << 31, 0)
+"""An image is a row, whatever its bytes."""
+PAIR_ROW = RowShape(1 << 30, 0)
+"""A pair of texts is a row; what is too long is cut from each text by `megascale.data.pairs`."""
+
+
 def row_shape(config: RunConfig) -> RowShape:
     """The rows that a run's objective wants cut."""
+    if config.model.vision is not None:
+        return IMAGE_ROW
+    if config.objective_kind == "pairs":
+        return PAIR_ROW
+    if config.objective_kind == "span":
+        return RowShape(span_plan(config).text, 0)
+    if config.objective_kind == "mlm":
+        return RowShape(text_tokens(config), 0)
     return RowShape(config.train.seq_len + 1, Causal.overlap)
 
 
@@ -94,7 +119,7 @@ class Causal:
         tokens_BT, labels_BT = np.empty((2, *shape), np.int64)
         numbers, ends = [], [0]
         for number, row in enumerate(rows):
-            tokens, row_ends, _, resumed = row or NO_ROW
+            tokens, row_ends, _, resumed, *_ = row or NO_ROW
             row_ends, num_labels = row_ends[:-1], len(tokens) - 1
             tokens_BT[number, :num_labels], labels_BT[number, :num_labels] = tokens[:-1], tokens[1:]
             if resumed or not self.label_document_starts:

@@ -5,6 +5,18 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Picture(NamedTuple):
+    """An image as it was decoded, before anything is drawn for it.
+
+    Attributes:
+        pixels_HWC: uint8, height x width x colours.
+        label: its class.
+    """
+
+    pixels_HWC: np.ndarray
+    label: int
+
+
 class Row(NamedTuple):
     """What one row number reads.
 
@@ -14,12 +26,16 @@ class Row(NamedTuple):
         new_tokens: tokens that no earlier row has read: over the rows of an epoch, the tokens of the split.
         resumed: the pieces, by their number from 1 on, that go on with a document begun in another row. Their first
             token is a label there, and after another document nothing tells it.
+        picture: of an image corpus, whose tokens are the bytes of the sample; None for text.
+        partner: tokens of another row, for objectives that make pairs of rows; None for the others.
     """
 
     tokens: np.ndarray
     ends: list[int]
     new_tokens: int
     resumed: tuple[int, ...] = ()
+    picture: Picture | None = None
+    partner: np.ndarray | None = None
 
 
 class PiecePlace(NamedTuple):

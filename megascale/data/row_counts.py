@@ -34,6 +34,8 @@ def rows_of_shards(manifest: Manifest, packing: Packing, access: Access) -> np.n
     """
     if packing.kind == "concat":
         return count_concat_rows(manifest.table["tokens"], packing)
+    if manifest.holds_images:
+        return manifest.table["documents"].astype(COUNT_DTYPE)
     place = counts_place(manifest, packing)
     try:
         return _parse_counts(read_bytes(place, access), manifest, packing)

@@ -9,6 +9,7 @@ import numpy as np
 from megascale.config.batch_plan import BatchPlan
 from megascale.config.data import CorpusConfig, DataConfig
 from megascale.data.fim import NUM_FIM_TOKENS, Fim
+from megascale.data.images import decode_sample
 from megascale.data.manifest import Manifest, check_vocabulary, load_manifest, read_tokenizer
 from megascale.data.packing import ConcatPlan, Packing, Plan, plan_pieces
 from megascale.data.row import PiecePlace, Row
@@ -74,6 +75,9 @@ class Corpus:
         parts = [opened.read(start, stop) for start, stop in planned.ranges]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         ends = list(accumulate(stop - start for start, stop in planned.ranges))
+        if self.manifest.holds_images:
+            picture = decode_sample(tokens, self.manifest.vocab_size, f"{opened.place}, image {row}")
+            return Row(tokens, ends, planned.new_tokens, picture=picture)
         return Row(tokens, ends, planned.new_tokens, planned.resumed)
 
     def new_tokens(self, shard: int, row: int) -> int:

@@ -112,6 +112,8 @@ class Shard:
         entry = self.table[block]
         tokens = np.frombuffer(self._memory, self._token_dtype, entry.tokens, entry.token_offset)
         self._check_crc(block, "tokens", tokens, entry.token_crc32)
+        if self._manifest.holds_images:
+            return tokens
         largest = int(tokens.max())
         if largest >= self._manifest.vocab_size:
             self._fail(
@@ -122,6 +124,8 @@ class Shard:
 
     def _read_ends(self, block: int) -> np.ndarray:
         entry = self.table[block]
+        if self._manifest.holds_images:
+            return np.array([entry.tokens], DOCUMENT_DTYPE)
         ends = np.frombuffer(self._memory, DOCUMENT_DTYPE, entry.documents, entry.document_offset)
         self._check_crc(block, "document ends", ends, entry.document_crc32)
         if ends[0] < 1 or ends[-1] != entry.tokens or not (ends[:-1] < ends[1:]).all():

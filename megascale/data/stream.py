@@ -3,7 +3,7 @@
 Without torch, so that tools can read a run's rows as the run did.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,15 +12,19 @@ import numpy as np
 from megascale.config.derive import Derived
 from megascale.config.schema import RunConfig
 from megascale.data.fetch import read_bytes
+from megascale.data.images import image_objective
 from megascale.data.location import join
 from megascale.data.manifest import INDEX_FILE
+from megascale.data.masked import build_masked
 from megascale.data.mixture import resolve_mixture
-from megascale.data.objectives import Causal, RowObjective, row_shape
+from megascale.data.objectives import Causal, RowObjective, row_shape, wants_partners
 from megascale.data.order import CorpusShape, Places, RowOrder
+from megascale.data.pairs import build_pairs
 from megascale.data.permutation import derive_key
 from megascale.data.plan import ReadingPlan, plan_reading
 from megascale.data.row import Row
 from megascale.data.rows import Corpus, open_corpus
+from megascale.data.spans import build_spans
 from megascale.data.transfer import Access, access_of
 from megascale.errors import DataError
 
@@ -112,12 +116,17 @@ class Stream:
         """The same for rows that `order` has located."""
         keys = derive_key(self.seed, FIM_KEY, row_numbers).tolist()
         rows, faults = [], {}
-        located = zip(row_numbers.tolist(), keys, *(places[at].tolist() for at in (0, 2, 3)), strict=True)
-        for row_number, key, number, shard, row in located:
+        located = zip(row_numbers.tolist(), keys, self._listed(places), self._partners(row_numbers), strict=True)
+        for row_number, key, (number, shard, row), partner in located:
             corpus = self.corpora[number]
             try:
                 found = corpus.read(shard, row)
-                rows.append(corpus.fim.transform(found, key) if corpus.fim else found)
+                found = corpus.fim.transform(found, key) if corpus.fim else found
+                if partner is not None:
+                    number, shard, row = partner
+                    corpus = self.corpora[number]
+                    found = found._replace(partner=corpus.read(shard, row).tokens)
+                rows.append(found)
             except DataError as error:
                 if not self.masks_faults:
                     raise
@@ -125,6 +134,16 @@ class Stream:
                 fault = (corpus.name, corpus.manifest.shard_place(shard), str(error))
                 faults.setdefault(fault, []).append(row_number)
         return ReadRows(rows, places, tuple(Fault(*fault, tuple(numbers)) for fault, numbers in faults.items()))
+
+    def _listed(self, places: Places) -> Iterable[tuple[int, int, int]]:
+        """(corpus, shard, row in the shard) of each place."""
+        return zip(*(places[at].tolist() for at in (0, 2, 3)), strict=True)
+
+    def _partners(self, row_numbers: np.ndarray) -> Iterable[tuple[int, int, int] | None]:
+        """Where the neighbour by number of each row lies; None where the objective doesn't want it."""
+        if not wants_partners(self.objective):
+            return [None] * len(row_numbers)
+        return self._listed(self.order.locate(row_numbers ^ 1))
 
     def keys_of(self, row_numbers: np.ndarray) -> np.ndarray:
         """The key of each row from which its objective draws."""
@@ -156,6 +175,7 @@ def open_stream(config: RunConfig, derived: Derived) -> Stream:
         open_corpus(name, source, "train", data, seq_len, config.model.vocab_size, *row_shape(config))
         for name, source in data.sources.items()
     )
+    check_content(config, corpora)
     check_tokenizers(corpora)
     rows = {corpus.name: corpus.num_rows for corpus in corpora}
     stages = resolve_mixture(data, rows, seq_len, derived.batches, config.train.max_steps)
@@ -186,6 +206,7 @@ def open_validation(config: RunConfig) -> tuple[Corpus, ...]:
         )
         for name, source in (has_split or data.sources).items()
     )
+    check_content(config, corpora)
     check_tokenizers(corpora)
     return corpora
 
@@ -203,6 +224,14 @@ def plan_stream(config: RunConfig, derived: Derived, stream: Stream) -> ReadingP
 
 def build_objective(config: RunConfig, corpora: Sequence[Corpus]) -> RowObjective:
     """What the model learns from a row."""
+    if config.model.vision is not None:
+        return image_objective(config.model.vision, config.data.objective)
+    if config.objective_kind == "mlm":
+        return build_masked(config, corpora[0].manifest)
+    if config.objective_kind == "span":
+        return build_spans(config, corpora[0].manifest)
+    if config.objective_kind == "pairs":
+        return build_pairs(config, corpora[0].manifest)
     return Causal(config.train.seq_len, corpora[0].manifest.eos_id, config.data.label_document_starts)
 
 
@@ -217,6 +246,18 @@ def check_tokenizers(corpora: Sequence[Corpus]) -> None:
                 f" {hashes[0][:12]}... ({first.index_place}) and {hashes[1][:12]}... ({corpus.manifest.index_place});"
                 " make one of them again with the other's: megascale data tokenize SOURCE --tokenizer"
                 f" {first.tokenizer_place}"
+            )
+
+
+def check_content(config: RunConfig, corpora: Sequence[Corpus]) -> None:
+    """Refuses images where the model reads text, and text where it reads images."""
+    for corpus in corpora:
+        if corpus.manifest.holds_images != (config.model.vision is not None):
+            found, family = ("images", "vit") if corpus.manifest.holds_images else ("text", "one of the others")
+            raise DataError(
+                f"{corpus.manifest.index_place} holds {found}, which model.family = {config.model.family} doesn't read;"
+                f" set model.family to {family}, or name a corpus that fits: megascale data build makes one of text,"
+                " megascale data images one of images"
             )
 
 

@@ -102,6 +102,19 @@ class StepOutput:
     compute_s: float = field(default=0.0, compare=False)
 
 
+class Watcher(Protocol):
+    """Training state beside weights and moments: moved after each step, saved with them, told of in the log."""
+
+    def after_step(self, output: StepOutput) -> None:
+        """Takes note of a step. Every rank calls it."""
+
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """What of it lives on this rank."""
+
+    def figures(self) -> dict[str, float]:
+        """What it measured since it was last asked, equal on every rank, which all call it."""
+
+
 class Engine(Protocol):
     """Runs forward, backward and the sharded update; the only object that changes parameters."""
 
@@ -122,10 +135,17 @@ class Engine(Protocol):
         """
 
     def state_pieces(self) -> Iterator[StatePiece]:
-        """The fp32 master weights and optimizer moments that live on this rank."""
+        """The fp32 master weights and what the optimizer keeps of them, as far as it lives on this rank."""
+
+    def swap_average(self) -> None:
+        """Lets the weights and their moving average change places: called once before an evaluation and once after."""
 
     def scalars(self) -> dict[str, float]:
         """The scalar part of the optimizer's state: its step count and, in fp16, the loss scaler's values."""
 
     def restore_scalars(self, scalars: dict[str, float]) -> None:
         """Puts back what `scalars` gave, and refreshes the parameters from the loaded master weights."""
+
+    def figures(self) -> dict[str, float]:
+        """What is to be logged of the model besides, over the steps since it was last asked. Every rank calls it."""
+        return {}

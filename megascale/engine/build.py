@@ -18,6 +18,7 @@ from megascale.engine.flat_zero import FlatZeroOptimizer
 from megascale.engine.micro_batches import MicroBatchRunner, Runner
 from megascale.engine.pipeline import build_pipeline
 from megascale.engine.precision import TORCH_DTYPE, build_loss_scaler
+from megascale.engine.replicas import divide_groups, norm_group
 from megascale.engine.zero01 import WholeGradientEngine
 from megascale.engine.zero23 import PartitionedGradientEngine, mark_counted, model_parallel_unit
 from megascale.errors import LaunchError
@@ -39,7 +40,7 @@ def build_engine(
     Args:
         model: what this rank holds, in fp32, equal on all ranks of the zero group. Called with what `objective` gives,
             it returns the loss; in a pipeline it has `stages`, which are called instead.
-        optimizer: AdamW over `model`'s parameters; the engine takes it over.
+        optimizer: over `model`'s parameters; the engine takes it over.
         placements: where each parameter lies in the whole model, in the model's order.
 
     Raises:
@@ -59,11 +60,11 @@ def build_engine(
         flat_optimizer = FlatZeroOptimizer(
             optimizer,
             placements,
-            reduce_group=mesh.zero_group,
-            partition_group=mesh.zero_group if settings.zero_stage == 1 else mesh.self_group,
-            norm_group=mesh.world_group if settings.zero_stage == 1 else mesh.model_group,
+            replicas=divide_groups(optimizer, placements, mesh, settings.zero_stage),
+            norm_group=norm_group(mesh, settings.zero_stage),
             clip_norm=settings.clip_norm,
             is_offloaded=settings.offload_optimizer == "cpu",
+            tp=mesh.tp,
         )
     scaler = build_loss_scaler(precision.dtype, precision.initial_loss_scale_log2, precision.loss_scale_window_steps)
     runner = build_runner(model, objective, mesh, precision, settings, flat_optimizer)
@@ -118,6 +119,11 @@ def check_settings(settings: EngineSettings, mesh: Mesh) -> None:
         raise LaunchError(
             f"zero_stage {stage} with pp {mesh.pp.size}: ZeRO-{stage} reduces gradients in every micro-batch, of which"
             " a pipeline has many in flight, each through another part of the model; use zero_stage 0 or 1, or pp 1"
+        )
+    if stage >= 2 and mesh.ep.size > 1:
+        raise LaunchError(
+            f"zero_stage {stage} with ep {mesh.ep.size}: DeepSpeed's ZeRO-{stage} shares all parameters out over one"
+            " group of ranks, and experts have fewer replicas than the rest; use zero_stage 0 or 1, or ep 1"
         )
     if (mesh.pp.size > 1) != (settings.pipeline is not None):
         raise LaunchError(

@@ -10,7 +10,7 @@ Range = tuple[int, int]
 """[start, stop) in elements."""
 
 
-def flat_order(placements: Sequence[Placement]) -> list[int]:
+def flat_order(placements: Sequence[Placement], *, counted_first: bool = True) -> list[int]:
     """In which order a group's parameters go into its flat buffer, as places in `placements`.
 
     Those with whole gradients come first, then those to be summed over one axis side by side, then the next axis: each
@@ -18,12 +18,15 @@ def flat_order(placements: Sequence[Placement]) -> list[int]:
     hundreds of collectives of a few kilobytes, each of which costs a round trip. Among whole gradients the counted
     ones come first, so that the norm reads few ranges. Otherwise the order stays: it is the same on all ranks of an
     axis, which list the parameters that they share in the same order.
+
+    Args:
+        counted_first: as said. What is counted differs over tp ranks; without it the order is the same on all of them.
     """
     axes = list(dict.fromkeys(axis_name(placement) for placement in placements))
 
     def rank(index: int) -> tuple[int, bool]:
         name = axis_name(placements[index])
-        return (1 + axes.index(name), False) if name else (0, not placements[index].is_counted)
+        return (1 + axes.index(name), False) if name else (0, counted_first and not placements[index].is_counted)
 
     return sorted(range(len(placements)), key=rank)
 

@@ -8,6 +8,7 @@ fp32 master and moments of this rank's partition. Three things differ here:
   the master is the parameter, so neither costs a copy.
 - Over a group of one rank it is ZeRO-0: nothing is partitioned, and gradients are all-reduced. DeepSpeed's own stage 0
   takes a spurious first step in bf16 and reports no gradient norm.
+- Each parameter group has ranks of its own that hold the same: experts have fewer replicas than the rest.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,10 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from megascale.engine.flat_ranges import flat_order, ranges_within, summed_runs
-from megascale.engine.fragments import init_adam_state
+from megascale.engine.fragments import init_state
+from megascale.engine.replicas import Replicas
+from megascale.engine.whole_tensors import GatheredTensors
+from megascale.parallel.axis import ALONE, Axis
 from megascale.parallel.placement import Placement
 
 NORM_PIECE_ELEMENTS = 4096
@@ -29,42 +33,42 @@ class FlatZeroOptimizer(BF16_Optimizer):
     """ZeRO-0 or ZeRO-1 over flat parameter groups.
 
     Args:
-        optimizer: AdamW over the model's parameters, which this optimizer takes over. Groups may be empty, but all
+        optimizer: works on the model's parameters, which this optimizer takes over. Groups may be empty, but all
             ranks have equally many.
         placements: where each parameter lies in the whole model.
-        reduce_group: ranks over which gradients are summed.
-        partition_group: ranks that share out optimizer state: `reduce_group` for ZeRO-1, this rank alone for ZeRO-0.
+        replicas: of each parameter group, who holds the same part of it.
         norm_group: ranks whose counted gradients together are the whole model's.
         clip_norm: largest gradient norm, 0 for none.
         is_offloaded: whether masters, moments and the update live in CPU memory.
+        tp: the ranks that share matrices, for optimizers that need them whole.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         placements: Mapping[torch.nn.Parameter, Placement],
-        reduce_group: dist.ProcessGroup,
-        partition_group: dist.ProcessGroup,
+        replicas: Sequence[Replicas],
         norm_group: dist.ProcessGroup,
         clip_norm: float,
         is_offloaded: bool = False,
+        tp: Axis = ALONE,
     ):
         example = next(iter(placements))
         self.dtype, self.device = example.dtype, example.device
         self.is_fp32, self.is_offloaded = self.dtype == torch.float32, is_offloaded
-        self.placements, self.reduce_group = placements, reduce_group
+        self.placements, self.replicas = placements, replicas
         for group in optimizer.param_groups:
-            order = flat_order([placements[parameter] for parameter in group["params"]])
+            own = [placements[parameter] for parameter in group["params"]]
+            order = flat_order(own, counted_first=not group.get("needs_whole"))
             group["params"] = [group["params"][index] for index in order]
         super().__init__(
             optimizer,
             {parameter: placement.name for parameter, placement in placements.items()},
             bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=not self.is_fp32),
             clip_grad=clip_norm,
-            dp_process_group=partition_group,
+            dp_process_group=replicas[0].partition_group,
             grad_acc_dtype=torch.float32,
         )
-        self.is_partitioned = dist.get_world_size(partition_group) > 1
         if dist.get_world_size(norm_group) > 1:
             self.mpu = SimpleNamespace(get_model_parallel_group=lambda: norm_group)
         self.reduced = list(self.fp32_groups_gradient_flat_partition)  # parts of the flat buffers: the sum is in place
@@ -74,7 +78,8 @@ class FlatZeroOptimizer(BF16_Optimizer):
             self._accumulate_in_place()
         if is_offloaded:
             optimizer.register_step_pre_hook(self._bring_gradients)
-        init_adam_state(optimizer, self.fp32_groups_flat_partition)
+        init_state(optimizer, zip(self.fp32_groups_flat_partition, optimizer.param_groups, strict=True))
+        self.gathered = [self._gather_tensors(index, tp) for index in range(len(optimizer.param_groups))]
         self._lazy_init_hp_params_optimizer_state()
 
     def add_gradient(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
@@ -100,18 +105,19 @@ class FlatZeroOptimizer(BF16_Optimizer):
         for partial gradients 8 bytes x parameters x (n-1)/n over the axis more.
         """
         self.largest = self._largest_gradients(self.noted_early)
-        starts_sum = dist.get_world_size(self.reduce_group) > 1
         partial_sums = [
             [dist.all_reduce(run, group=axis.group, async_op=True) for axis, run in runs] for runs in self.partial_runs
         ]
         waits: list[Callable[[], object]] = []
-        for whole, partition, sums in zip(self.fp32_groups_gradients_flat, self.reduced, partial_sums, strict=True):
+        for whole, partition, sums, replicas in zip(
+            self.fp32_groups_gradients_flat, self.reduced, partial_sums, self.replicas, strict=True
+        ):
             for partial_sum in sums:
                 partial_sum.wait()
-            if self.is_partitioned:
-                waits.append(start_reduce_scatter(whole, partition, self.reduce_group))
-            elif starts_sum:
-                waits.append(dist.all_reduce(whole, group=self.reduce_group, async_op=True).wait)
+            if replicas.is_partitioned:
+                waits.append(start_reduce_scatter(whole, partition, replicas.reduce_group))
+            elif replicas.is_shared:
+                waits.append(dist.all_reduce(whole, group=replicas.reduce_group, async_op=True).wait)
         for wait in waits:
             wait()
         if unscale != 1.0:
@@ -142,27 +148,45 @@ class FlatZeroOptimizer(BF16_Optimizer):
 
     def update_lp_params(self) -> None:
         """Casts the masters to parameters where they are two things, and gathers all partitions on every rank."""
-        partitions = [group[self.dp_rank] for group in self.bf16_partitioned_groups]
+        partitions = [
+            parts[replicas.part] for parts, replicas in zip(self.bf16_partitioned_groups, self.replicas, strict=True)
+        ]
         if not self.is_fp32 or self.is_offloaded:
             for partition, master in zip(partitions, self.fp32_groups_flat_partition, strict=True):
                 partition.copy_(master)
-        if self.is_partitioned:
-            gathers = [
-                dist.all_gather_into_tensor(whole, partition, group=self.reduce_group, async_op=True)
-                for whole, partition in zip(self.bf16_groups_flat, partitions, strict=True)
-            ]
-            for gather in gathers:
-                gather.wait()
+        gathers = [
+            dist.all_gather_into_tensor(whole, partition, group=replicas.partition_group, async_op=True)
+            for whole, partition, replicas in zip(self.bf16_groups_flat, partitions, self.replicas, strict=True)
+            if replicas.is_partitioned
+        ]
+        for gather in gathers:
+            gather.wait()
+
+    def _setup_for_real_optimizer(self) -> None:
+        """Tells DeepSpeed of each group's own ranks before it cuts the groups up."""
+        self.real_dp_process_group = [replicas.partition_group for replicas in self.replicas]
+        super()._setup_for_real_optimizer()
 
     def _link_all_hp_params(self) -> None:
         for index, partitions in enumerate(self.bf16_partitioned_groups):
             master = self.fp32_groups_flat_partition[index]
             if self.is_fp32 and not self.is_offloaded:
-                master = partitions[self.dp_rank]
+                master = partitions[self.replicas[index].part]
             master = self._on_host(master.detach()).requires_grad_()
             self.fp32_groups_flat_partition[index] = master
             self.optimizer.param_groups[index]["params"] = [master]
         super()._link_all_hp_params()
+
+    def _gather_tensors(self, index: int, tp: Axis) -> GatheredTensors | None:
+        """Hands a group its tensors as wholes, where its optimizer needs them."""
+        group, replicas, part = self.optimizer.param_groups[index], self.replicas[index], self.reduced[index]
+        if not group.get("needs_whole"):
+            return None
+        group["whole_tensors"] = GatheredTensors(
+            self.bf16_groups[index], self.placements, self.fp32_groups_gradients_flat[index], part,
+            replicas.part * len(part), replicas.partition_group, tp, has_factors=group["has_factors"],
+        )
+        return group["whole_tensors"]
 
     def _plan_sums_and_norm(self) -> None:
         """Finds, once, the parts of the gradient buffers that are summed over an axis, counted, and noted early."""
@@ -173,30 +197,30 @@ class FlatZeroOptimizer(BF16_Optimizer):
             for parameter, gradient in zip(self.parameters, gradients, strict=True)
         }
         self.partial_runs, self.counted, self.uncounted = [], [], []
-        for parameters, whole, part in zip(
-            self.bf16_groups, self.fp32_groups_gradients_flat, self.reduced, strict=True
+        summed: set[torch.nn.Parameter] = set()
+        for parameters, whole, part, replicas in zip(
+            self.bf16_groups, self.fp32_groups_gradients_flat, self.reduced, self.replicas, strict=True
         ):
             placements = [self.placements[parameter] for parameter in parameters]
             self.partial_runs.append([(axis, whole[slice(*run)]) for axis, run in summed_runs(placements)])
-            start = self.dp_rank * len(part)
-            for parts, is_counted in ((self.counted, True), (self.uncounted, False)):
+            start = replicas.part * len(part)
+            for parts, is_counted in ((self.counted if replicas.counts else self.uncounted, True),
+                                      (self.uncounted, False)):
                 ranges = ranges_within(placements, (start, start + len(part)), is_counted=is_counted)
                 parts.extend(part[slice(*within)] for within in ranges)
+            if replicas.is_shared:
+                summed.update(parameter for parameter in parameters if self._lies_in(parameter, part))
         self.counted = self.counted or [self.reduced[0][:0]]
         self.noted_early = [
             index for index, parameter in enumerate(self.parameters)
-            if self.placements[parameter].partial_over.size > 1 or self._is_summed_here(parameter)
+            if self.placements[parameter].partial_over.size > 1 or parameter in summed
         ]
         self.largest: dict[int, torch.Tensor] = {}
 
-    def _is_summed_here(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether the sum over the replicas takes the place of some of this rank's own gradient of a parameter."""
-        if dist.get_world_size(self.reduce_group) == 1:
-            return False
+    def _lies_in(self, parameter: torch.nn.Parameter, part: torch.Tensor) -> bool:
+        """Whether a sum over the replicas into `part` takes the place of some of this rank's own gradient."""
         main = self.main_gradients[parameter]
-        start, stop = main.data_ptr(), main.data_ptr() + main.nbytes
-        parts = [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in self.reduced]
-        return any(start < part_stop and part_start < stop for part_start, part_stop in parts)
+        return part.data_ptr() < main.data_ptr() + main.nbytes and main.data_ptr() < part.data_ptr() + part.nbytes
 
     def _accumulate_in_place(self) -> None:
         for parameter, gradient in self.main_gradients.items():

@@ -4,44 +4,57 @@ DeepSpeed flattens each parameter group and gives every rank one range of it. It
 part that lives here to views of the master weight and the moments.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import add
 
 import torch
 
 from megascale.engine.base import StatePiece
+from megascale.optim.state import ADAMW_KINDS, EMA, new_state
 from megascale.parallel.boxes import Box, boxes_of_flat_range
 from megascale.parallel.placement import Placement
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+def init_state(optimizer: torch.optim.Optimizer, partitions: Iterable[tuple[torch.Tensor, dict]]) -> None:
+    """Makes the optimizer's state now rather than at the first step, so that a checkpoint can be loaded into it.
+
+    Args:
+        partitions: each with its parameter group.
+    """
+    for partition, group in partitions:
+        device = partition.device if group.get("fused") else "cpu"
+        optimizer.state[partition] = new_state(partition, group.get("state_kinds", ADAMW_KINDS), device)
 
 
-def init_adam_state(optimizer: torch.optim.Optimizer, partitions: Iterable[torch.Tensor]) -> None:
-    """Makes AdamW's state now rather than at the first step, so that a checkpoint can be loaded into it."""
+def swap_average(optimizer: torch.optim.Optimizer, partitions: Iterable[torch.Tensor]) -> None:
+    """Lets masters and their average change places.
+
+    Cost: a copy of one partition at a time.
+    """
     for partition in partitions:
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        optimizer.state[partition] = {
-            "step": torch.zeros((), device=partition.device if fused else "cpu"),
-            **{name: torch.zeros_like(partition, requires_grad=False) for name in MOMENTS},
-        }
+        average = optimizer.state[partition][EMA]
+        weights = partition.detach().clone()
+        partition.data.copy_(average)
+        average.copy_(weights)
 
 
 def linked_pieces(
-    placements: Mapping[torch.nn.Parameter, Placement], share: int, num_shares: int
+    placements: Mapping[torch.nn.Parameter, Placement], shares: Sequence[tuple[int, int]] | None = None
 ) -> Iterator[StatePiece]:
     """Pieces of parameters whose optimizer keeps them linked (ZeRO 0, 1, 2).
 
     Args:
-        share, num_shares: which share of each range this rank writes, where several ranks hold the same one; 0 of 1
-            where the ranges are disjoint.
+        shares: of each parameter group, which share of each range this rank writes, and of how many, where several
+            ranks hold the same range. None: the ranges are disjoint.
     """
     for parameter, placement in placements.items():
         fragment = parameter._hp_mapping
         if fragment is None:
             continue
-        states = {"master": fragment.hp_fragment, **{key: fragment.optim_fragment[key] for key in MOMENTS}}
+        states = {"master": fragment.hp_fragment, **fragment.optim_fragment}
         address = fragment.lp_fragment_address
-        yield from flat_pieces(placement, address.start, address.numel, states, share, num_shares)
+        share = shares[fragment.param_group_index] if shares else (0, 1)
+        yield from flat_pieces(placement, address.start, address.numel, states, *share)
 
 
 def flat_pieces(

@@ -38,18 +38,21 @@ class MicroBatchRunner:
 
     Attributes:
         backward: turns a loss around; DeepSpeed's engine wants its own.
+        own_scale: what `backward` itself multiplies a loss by.
     """
 
     module: torch.nn.Module
     objective: Objective
     device: torch.device
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    own_scale: Callable[[], float] = lambda: 1.0
 
     def run(self, micro_batches: Sequence, step: int, scale: float) -> torch.Tensor:
         """A loss that isn't finite makes its gradient so too (inf x 0 = NaN), so that the check of the gradient norm,
         which every rank sees, covers both.
         """
-        total, factor = torch.zeros((), device=self.device), torch.full((), scale, device=self.device)
+        total = torch.zeros((), device=self.device)
+        factor = torch.full((), scale * self.own_scale(), device=self.device)
         # All are on their way before the first runs: later the copies would wait for the work in front of them.
         for micro_batch in [micro_batch.to(self.device) for micro_batch in micro_batches]:
             loss = self.module(*self.objective(micro_batch, step, factor))

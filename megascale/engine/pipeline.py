@@ -218,9 +218,14 @@ class PipelineRunner:
         self.schedule_of(len(micro_batches)).step(*first, index=indices, target=target, return_outputs=False)
         return self.tally.total
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence) -> float:
         """The sum of losses over whole batches, as large as micro-batches, without gradients and dropout."""
+        total = self.totals(batches)
+        return 0.0 if total is None else total.item()
+
+    @torch.no_grad()
+    def totals(self, batches: Sequence) -> torch.Tensor | None:
+        """The same as a tensor, fp64, of the shape that the last stage gives; None where the last stage isn't."""
         self.feed.start(batches, step=0)
         for stage in self.stages.values():
             stage.eval()
@@ -230,7 +235,7 @@ class PipelineRunner:
         )
         for stage in self.stages.values():
             stage.train()
-        return torch.stack(losses).double().sum().item() if losses else 0.0
+        return torch.stack(losses).double().sum(dim=0) if losses else None
 
     @torch.no_grad()
     def logits(

@@ -60,14 +60,14 @@ def gradient_pieces(engine: Engine) -> Iterator[StatePiece]:
 
 
 def _whole_gradients(engine: WholeGradientEngine) -> Iterator[StatePiece]:
-    optimizer, group = engine.optimizer, engine.mesh.zero_group
-    shares = (0, 1) if optimizer.is_partitioned else (dist.get_rank(group), dist.get_world_size(group))
+    optimizer = engine.optimizer
     for parameter, placement in engine.placements.items():
         fragment = parameter._hp_mapping
         if fragment is not None:
             address, place = fragment.hp_fragment_address, fragment.lp_fragment_address
             gradient = optimizer.reduced[fragment.param_group_index].narrow(0, address.start, address.numel)
-            yield from flat_pieces(placement, place.start, place.numel, {"gradient": gradient}, *shares)
+            share = optimizer.replicas[fragment.param_group_index].share
+            yield from flat_pieces(placement, place.start, place.numel, {"gradient": gradient}, *share)
 
 
 def _stage2_gradients(engine: PartitionedGradientEngine) -> Iterator[StatePiece]:

@@ -4,19 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
-from megascale.engine.base import StatePiece, StepOutput
+from megascale.engine.base import Engine, StatePiece, StepOutput
 from megascale.engine.flat_zero import FlatZeroOptimizer
-from megascale.engine.fragments import linked_pieces
+from megascale.engine.fragments import linked_pieces, swap_average
 from megascale.engine.micro_batches import ComputeClock, LossSum, Runner, describe_step, gather_faults, own_share
 from megascale.engine.precision import restore_scaler, scaler_values
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.placement import Placement
 
 
-class WholeGradientEngine:
+class WholeGradientEngine(Engine):
     """Lets a runner do forward and backward, and `FlatZeroOptimizer` reduce, clip, update and gather.
 
     Args:
@@ -43,7 +42,7 @@ class WholeGradientEngine:
         loss_sum = LossSum(own_loss, self.mesh.loss_group)
         self.optimizer.reduce_gradients(unscale=1.0 / scale)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         self.optimizer.step()
         output = describe_step(
             loss_sum, num_tokens, self.optimizer._global_grad_norm, scale, self.optimizer.overflow, self.scaler.dynamic,
@@ -56,10 +55,11 @@ class WholeGradientEngine:
         return own_share(self.runner.evaluate(batches), self.mesh)
 
     def state_pieces(self) -> Iterator[StatePiece]:
-        if self.optimizer.is_partitioned:
-            return linked_pieces(self.placements, share=0, num_shares=1)
-        group = self.mesh.zero_group
-        return linked_pieces(self.placements, dist.get_rank(group), dist.get_world_size(group))
+        shares = [replicas.share for replicas in self.optimizer.replicas]
+        yield from linked_pieces(self.placements, shares)
+        for gathered, (share, _) in zip(self.optimizer.gathered, shares, strict=True):
+            if gathered is not None:
+                yield from gathered.pieces(share)
 
     def scalars(self) -> dict[str, float]:
         state = self.optimizer.state[self.optimizer.fp32_groups_flat_partition[0]]
@@ -69,6 +69,11 @@ class WholeGradientEngine:
         for partition in self.optimizer.fp32_groups_flat_partition:
             self.optimizer.state[partition]["step"].fill_(scalars["step"])
         restore_scaler(self.scaler, scalars)
+        with torch.no_grad():
+            self.optimizer.update_lp_params()
+
+    def swap_average(self) -> None:
+        swap_average(self.optimizer, self.optimizer.fp32_groups_flat_partition)
         with torch.no_grad():
             self.optimizer.update_lp_params()
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from megascale.engine.base import Objective, StatePiece, StepOutput
-from megascale.engine.fragments import MOMENTS, flat_pieces, init_adam_state, linked_pieces
+from megascale.engine.base import Engine, Objective, StatePiece, StepOutput
+from megascale.engine.fragments import flat_pieces, init_state, linked_pieces, swap_average
 from megascale.engine.micro_batches import LossSum, MicroBatchRunner, describe_step, gather_faults, own_share
 from megascale.engine.precision import restore_scaler, scaler_values
 from megascale.parallel.axis import Axis
@@ -17,7 +17,7 @@ from megascale.parallel.mesh import Mesh
 from megascale.parallel.placement import Placement
 
 
-class PartitionedGradientEngine:
+class PartitionedGradientEngine(Engine):
     """Drives a DeepSpeed engine of stage 2 or 3, and knows where it keeps its state.
 
     Args:
@@ -36,7 +36,9 @@ class PartitionedGradientEngine:
     ):
         self.ds_engine, self.zero = ds_engine, ds_engine.optimizer
         self.zero_stage, self.placements, self.mesh = zero_stage, placements, mesh
-        self.runner = MicroBatchRunner(ds_engine, objective, mesh.device, ds_engine.backward)
+        self.runner = MicroBatchRunner(
+            ds_engine, objective, mesh.device, ds_engine.backward, lambda: float(self.zero.loss_scale)
+        )
         self.scaler = self.zero.loss_scaler
         if self.scaler.dynamic:
             self.scaler.raise_error_at_min_scale = False
@@ -44,7 +46,9 @@ class PartitionedGradientEngine:
         self._watch_gradients()
         if mesh.tp.size > 1 and not self.scaler.dynamic:
             self._check_uncounted_gradients()
-        init_adam_state(self.zero.optimizer, self._partitions())
+        # Groups differ in their constants and not in what is kept; ZeRO-3 has more partitions than groups.
+        group = self.zero.optimizer.param_groups[0]
+        init_state(self.zero.optimizer, [(partition, group) for partition in self._partitions()])
         if zero_stage == 2:
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -55,7 +59,7 @@ class PartitionedGradientEngine:
         own_loss = self.runner.run(micro_batches, step, dist.get_world_size(self.mesh.zero_group) / num_tokens)
         loss_sum = LossSum(own_loss, self.mesh.loss_group)
         for group in self.zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         self.ds_engine.step()
         # `compute_s` stays 0: it reduces during the backward pass, so no stretch of the step is this rank's alone.
         return describe_step(
@@ -68,7 +72,7 @@ class PartitionedGradientEngine:
 
     def state_pieces(self) -> Iterator[StatePiece]:
         if self.zero_stage == 2:
-            return linked_pieces(self.placements, share=0, num_shares=1)
+            return linked_pieces(self.placements)
         return self._stage3_pieces()
 
     def scalars(self) -> dict[str, float]:
@@ -79,6 +83,11 @@ class PartitionedGradientEngine:
         for partition in self._partitions():
             self.zero.optimizer.state[partition]["step"].fill_(scalars["step"])
         restore_scaler(self.scaler, scalars)
+        with torch.no_grad():
+            self._refresh_parameters()
+
+    def swap_average(self) -> None:
+        swap_average(self.zero.optimizer, self._partitions())
         with torch.no_grad():
             self._refresh_parameters()
 
@@ -95,7 +104,7 @@ class PartitionedGradientEngine:
             numel = max(0, min(padded, parameter.ds_numel - start))
             master = self.zero.fp32_partitioned_groups_flat[group]
             moments = self.zero.optimizer.state[master]
-            states = {"master": master, **{key: moments[key] for key in MOMENTS}}
+            states = {"master": master} | {kind: each for kind, each in moments.items() if each.shape == master.shape}
             local = {kind: values.detach()[offset : offset + numel] for kind, values in states.items()}
             yield from flat_pieces(placement, start, numel, local)
 

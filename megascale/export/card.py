@@ -14,6 +14,19 @@ from megascale.model.flops import num_parameters
 PRIVATE_KEYS = ("run.folder", "data.", "checkpoint.", "observe.")
 """Keys of the config whose changes are not told: where things lie, not what was computed."""
 
+USE_TEXT = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")  # the folder of this file
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```"""
+USE_IMAGES = """```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("PATH")  # the folder of this file
+model = AutoModelForImageClassification.from_pretrained("PATH")
+```"""
+
 
 def write_card(index: CheckpointIndex, hf_config: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]]) -> str:
     """The text of `README.md`.
@@ -25,19 +38,22 @@ def write_card(index: CheckpointIndex, hf_config: Mapping[str, Any], metrics: It
     run, state = index.run, index.state
     model = ModelConfig(**run.config["model"])
     metrics = [line for line in metrics if line["step"] <= state.step]
+    if model.vision is not None:
+        task, what, use = "image-classification", "It tells the class of an image.", [USE_IMAGES]
+    else:
+        task, what, use = "text-generation", "It is a base model: it continues text.", [
+            USE_TEXT,
+            f"A text begins after, and ends with, token {hf_config['eos_token_id']}. The longest sequence is"
+            f" {model.max_seq_len:,} tokens; training rows had {run.config['train']['seq_len']:,}.",
+        ]
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- megascale\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- megascale\n"
         f"- {hf_config['model_type']}\n---",
         f"# {_cell(run.config['run']['name'])}",
         f"A {hf_config['architectures'][0]} of {num_parameters(model, has_padding=False):,} parameters, pretrained with"
         f" megascale {run.code.get('megascale', '')} for {state.step:,} steps on {state.tokens:,} tokens. Exported from"
-        " the checkpoint of that step. It is a base model: it continues text.",
-        "## Use",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")  # the folder of this file\n'
-        'model = AutoModelForCausalLM.from_pretrained("PATH")\n```',
-        f"A text begins after, and ends with, token {hf_config['eos_token_id']}. The longest sequence is"
-        f" {model.max_seq_len:,} tokens; training rows had {run.config['train']['seq_len']:,}.",
+        f" the checkpoint of that step. {what}",
+        "## Use", *use,
         "## Model", _table(("setting", "value"), _settings(run.config["model"])),
         "## Data", _data_table(index),
         f"{state.rows:,} rows in all, {state.tokens:,} label tokens. Digest of the stream: `{state.stream_digest}`.",

@@ -6,6 +6,7 @@ and one tolerance holds for all precisions. Both are in memory whole.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from megascale.config.load import parse_config
 from megascale.config.model import ModelConfig
 from megascale.errors import MegascaleError
 from megascale.export.hf_plan import DTYPES
+from megascale.model.context import build_context
+from megascale.model.pair_context import build_pair_context
 from megascale.train.generate import load_model
 from megascale.train.request import serve_request
 
@@ -26,7 +29,7 @@ NUM_ROWS = 2
 MIN_POSITIONS = 256
 
 
-def check_logits(run_folder: Path, step: int, folder: Path, dtype: str) -> float:
+def check_logits(run_folder: Path, step: int, folder: Path, dtype: str, kind: str = "master") -> float:
     """The largest difference of the logits of both sides, relative to the largest logit.
 
     Raises:
@@ -36,14 +39,14 @@ def check_logits(run_folder: Path, step: int, folder: Path, dtype: str) -> float
     """
     checkpoint = peek_checkpoint(peek_run_store(run_folder), step)
     config = parse_config(checkpoint.index.run.config, source=str(checkpoint.path))
-    tokens_BT = choose_tokens(checkpoint.index, config.model)
+    inputs = choose_inputs(checkpoint.index, config.model)
     with torch.inference_mode():
-        ours = load_model(checkpoint, config)
+        ours = load_model(checkpoint, config, kind=kind)
         for parameter in ours.parameters():
             parameter.copy_(parameter.to(DTYPES[dtype]))
-        our_logits_BTV = ours(tokens_BT)[..., : config.model.vocab_size]
+        our_logits_BTV = call_ours(ours, inputs)[..., : config.model.vocab_size]
         del ours
-        their_logits_BTV = load_theirs(folder)(tokens_BT).logits
+        their_logits_BTV = logits_of(call_theirs(load_theirs(folder), inputs))
     difference = (our_logits_BTV - their_logits_BTV).abs().max().item()
     largest = our_logits_BTV.abs().max().item()
     relative = difference / largest if largest else difference
@@ -53,6 +56,14 @@ def check_logits(run_folder: Path, step: int, folder: Path, dtype: str) -> float
             f" largest ({largest:.3g}); at most {TOLERANCE} is rounding. Nothing was removed; don't use these files"
         )
     return relative
+
+
+def choose_inputs(index: CheckpointIndex, config: ModelConfig) -> torch.Tensor:
+    """Rows of tokens as `choose_tokens` has them; for a model of images some noise, (B, C, H, W) fp32."""
+    if config.vision is None:
+        return choose_tokens(index, config)
+    shape = (NUM_ROWS, config.vision.channels, config.vision.image_size, config.vision.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def choose_tokens(index: CheckpointIndex, config: ModelConfig) -> torch.Tensor:
@@ -68,19 +79,43 @@ def choose_tokens(index: CheckpointIndex, config: ModelConfig) -> torch.Tensor:
     return torch.randint(0, config.vocab_size, (NUM_ROWS, wanted), generator=torch.Generator().manual_seed(0))
 
 
+def call_ours(model: torch.nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, V) of our model; a decoder that reads an encoder is given the tokens on both sides."""
+    if model.config.vision is not None:
+        return model(tokens_BT, build_context(model.config, model.config.vision.num_positions, tokens_BT.device))
+    if not model.config.traits.has_decoder:
+        return model(tokens_BT)
+    context = build_pair_context(model.config, tokens_BT.shape[1], tokens_BT.shape[1], model.device)
+    return model(torch.cat((tokens_BT, tokens_BT), dim=1), context)
+
+
+def call_theirs(model: torch.nn.Module, tokens_BT: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """The same of theirs."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=tokens_BT, decoder_input_ids=tokens_BT)
+    return model(tokens_BT)
+
+
+def logits_of(output: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The logits of tokens of their output. Shape: (B, T, V)."""
+    logits = output["prediction_logits"] if "prediction_logits" in output else output["logits"]
+    return logits if logits.dim() == 3 else logits[:, None]  # an image has one answer
+
+
 def load_theirs(folder: Path) -> torch.nn.Module:
-    """The export as AutoModelForCausalLM gives it, in fp32, from this folder alone.
+    """The export in the class that its config names, in fp32, from this folder alone.
 
     Raises:
         MegascaleError: a weight is missing, left over or misshapen, so that transformers made one up or dropped one.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM  # a package that only this check needs, and slow to import
+    import transformers  # a package that only this check needs, and slow to import
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, report = AutoModelForCausalLM.from_pretrained(
+    (architecture,) = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures
+    model, report = getattr(transformers, architecture).from_pretrained(
         folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind.endswith("keys")}
@@ -91,7 +126,8 @@ def load_theirs(folder: Path) -> torch.nn.Module:
 
 def serve(values: dict) -> None:
     """Checks as a request asks, and prints what was found."""
-    relative = check_logits(Path(values["run_folder"]), values["step"], Path(values["folder"]), values["dtype"])
+    relative = check_logits(Path(values["run_folder"]), values["step"], Path(values["folder"]), values["dtype"],
+                            values["kind"])
     print(f"transformers gives the checkpoint's logits: largest difference {relative:.1e} of the largest logit")
 
 

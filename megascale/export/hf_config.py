@@ -2,12 +2,18 @@
 
 `gpt2` is GPT2LMHeadModel, `llama` LlamaForCausalLM, and `llama` with a window MistralForCausalLM: Mistral 7B is a LLaMA
 with a sliding window (Jiang et al. 2023, arXiv 2310.06825), and counts the query itself as one of its tokens as we do.
+`moe` is MixtralForCausalLM (`hf_moe.py`).
 """
 
 from typing import Any
 
 from megascale.config.model import ModelConfig
 from megascale.errors import ConfigError
+from megascale.export.hf_bert_config import bert_architecture, bert_fields
+from megascale.export.hf_moe import check_mixtral, mixtral_fields
+from megascale.export.hf_rotary import has_window, qwen3_fields, rotary_architecture, rotary_fields
+from megascale.export.hf_t5_config import derive_t5_config, t5_architecture
+from megascale.export.hf_vit_config import vit_architecture, vit_fields
 
 
 def derive_hf_config(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
@@ -29,6 +35,12 @@ def derive_hf_config(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[st
         "initializer_range": config.init_std, "bos_token_id": eos_id, "eos_token_id": eos_id,
         "torch_dtype": dtype,  # transformers 4 reads this name, 5 both
     }
+    if config.family == "bert":
+        return common | bert_fields(config, eos_id)
+    if config.family == "t5":
+        return derive_t5_config(config, common, eos_id)
+    if config.family == "vit":
+        return {key: common[key] for key in ("architectures", "initializer_range", "torch_dtype")} | vit_fields(config)
     if architecture == "GPT2LMHeadModel":
         return common | {
             "model_type": "gpt2", "n_positions": config.max_seq_len, "n_embd": config.d_model,
@@ -36,14 +48,11 @@ def derive_hf_config(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[st
             "activation_function": "gelu_new", "layer_norm_epsilon": config.norm_eps, "embd_pdrop": config.dropout,
             "resid_pdrop": config.dropout, "attn_pdrop": 0.0,
         }
-    rotary = {
-        "hidden_size": config.d_model, "intermediate_size": config.ffn_dim, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
-        "hidden_act": "silu", "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps,
-        "attention_dropout": 0.0,
-        "rope_theta": config.rotary_base,  # transformers 4 reads this, 5 the next
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
-    }
+    rotary = rotary_fields(config)
+    if architecture == "MixtralForCausalLM":
+        return common | rotary | mixtral_fields(config)
+    if architecture == "Qwen3ForCausalLM":
+        return common | rotary | qwen3_fields(config)
     if architecture == "MistralForCausalLM":
         return common | rotary | {"model_type": "mistral", "sliding_window": config.window}
     return common | rotary | {
@@ -57,22 +66,28 @@ def choose_architecture(config: ModelConfig) -> str:
     Raises:
         ConfigError: there is none; the message names the setting.
     """
-    has_window = config.window is not None and config.window < config.max_seq_len
+    if config.family == "bert":
+        return bert_architecture(config)
+    if config.family == "t5":
+        return t5_architecture(config)
+    if config.family == "vit":
+        return vit_architecture(config)
+    if config.family == "transformer":
+        raise ConfigError(
+            "model.family = transformer can't be exported: transformers has no class of post-norm stacks that share one"
+            " embedding and add sines in pairs of features; T5ForConditionalGeneration takes family t5"
+        )
     if config.family == "gpt2":
-        if has_window:
+        if has_window(config):
             raise ConfigError(
                 f"model.window = {config.window} of family gpt2 can't be exported: GPT2LMHeadModel sees all tokens"
                 f" before a query, and max_seq_len is {config.max_seq_len}. Windows can be exported of family llama"
             )
         return "GPT2LMHeadModel"
-    if not has_window:
-        return "LlamaForCausalLM"
-    if config.has_bias:
-        raise ConfigError(
-            f"model.window = {config.window} with model.bias = true of family llama can't be exported:"
-            " MistralForCausalLM has windows but no biases, LlamaForCausalLM biases but no windows"
-        )
-    return "MistralForCausalLM"
+    if config.family == "moe":
+        check_mixtral(config)
+        return "MixtralForCausalLM"
+    return rotary_architecture(config)
 
 
 def derive_generation_config(eos_id: int) -> dict[str, Any]:

@@ -20,11 +20,14 @@ MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 32 << 20
 MAX_TOKENIZER_BYTES = 128 << 20
 EXACT_DTYPES = ("F32", "BF16", "F16")
 """Element types whose every value is an fp32 value too."""
-PREFIXES = {"gpt2": "transformer.", "llama": "model."}
+PREFIXES = {"gpt2": "transformer.", "llama": "model.", "bert": "bert.", "vit": "vit."}
 """Before all names but the head's; models saved without their head, GPT-2 itself among them, leave it out."""
-BUFFERS = re.compile(r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq")
+BUFFERS = re.compile(r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq|.*\.position_ids")
 """Masks and wavelengths that old versions stored: constants, not weights."""
 HEAD = "lm_head.weight"
+HEADS = (HEAD, "cls.", "classifier.")
+OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+"""As the first BERTs were stored -> as they are now."""
 NAMES_SHOWN = 5
 
 
@@ -121,7 +124,7 @@ def open_folder(folder: Path) -> HfFolder:
         ConfigError, DataError: a file is missing or isn't what its name says.
     """
     config = _read_json(folder / CONFIG_NAME, MAX_CONFIG_BYTES)
-    prefix = PREFIXES["gpt2" if config.get("model_type") == "gpt2" else "llama"]
+    prefix = PREFIXES.get(config.get("model_type"), PREFIXES["llama"])
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
         with _open(folder / file) as content:
@@ -129,7 +132,9 @@ def open_folder(folder: Path) -> HfFolder:
                 if BUFFERS.fullmatch(name):
                     continue
                 part = content.get_slice(name)
-                full_name = name if name == HEAD or name.startswith(prefix) else prefix + name
+                full_name = name if name.startswith((*HEADS, prefix)) else prefix + name
+                for old, new in OLD_NAMES.items():
+                    full_name = full_name.replace(old, new)
                 if full_name in tensors:
                     raise DataError(f"{folder}: {name} is in {file} and in {tensors[full_name].file}")
                 tensors[full_name] = StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())

@@ -9,8 +9,14 @@ from typing import Any
 
 from megascale.config.model import ModelConfig
 from megascale.errors import ConfigError
+from megascale.export.hf_bert_config import BERT_DEFAULTS, BERT_FIELDS, BERT_LEGAL, bert_section
+from megascale.export.hf_moe import moe_section, moe_section_of
+from megascale.export.hf_t5_config import T5_DEFAULTS, T5_FIELDS, T5_LEGAL, read_t5_config, t5_section
+from megascale.export.hf_vit_config import VIT_DEFAULTS, VIT_FIELDS, VIT_LEGAL, vision_of, vit_section
 
-FAMILY = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama"}
+FAMILY = {
+    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "moe", "bert": "bert", "t5": "t5", "vit": "vit",
+}
 """Their `model_type` -> our family."""
 _LLAMA_NAMES = {
     "num_layers": "num_hidden_layers", "d_model": "hidden_size", "num_heads": "num_attention_heads",
@@ -25,12 +31,23 @@ HF_FIELDS = {
     },
     "llama": _LLAMA_NAMES,
     "mistral": _LLAMA_NAMES | {"window": "sliding_window"},
+    "mixtral": _LLAMA_NAMES | {"window": "sliding_window"},
+    "bert": BERT_FIELDS,
+    "t5": T5_FIELDS,
+    "vit": VIT_FIELDS,
 }
 """Their `model_type` -> our field -> theirs. Where `config.json` lacks one, `_DEFAULTS` has what their class takes."""
 _DEFAULTS = {
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     "mistral": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "sliding_window": 4096},
+    "mixtral": {
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": None,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+    "bert": BERT_DEFAULTS,
+    "t5": T5_DEFAULTS,
+    "vit": VIT_DEFAULTS,
 }
 _LLAMA_LEGAL = {
     "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1.0,), "head_dim": (None,),
@@ -42,11 +59,15 @@ _LEGAL = {
     },
     "llama": _LLAMA_LEGAL,
     "mistral": _LLAMA_LEGAL,
+    "mixtral": _LLAMA_LEGAL | {"router_jitter_noise": (0.0,)},
+    "bert": BERT_LEGAL,
+    "t5": T5_LEGAL,
+    "vit": VIT_LEGAL,
 }
 """Values that our model computes; the first is what their class takes for a field that is left out."""
 _COUNTS = {
     "n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "num_hidden_layers", "hidden_size",
-    "num_attention_heads", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size",
 }
 _ROPE_THETA = 10000.0
 _PLAIN_ROPE = ("default", None)
@@ -76,12 +97,19 @@ def model_section(hf: dict[str, Any], place: str) -> dict[str, Any]:
         raise ConfigError(f"{place}: describes what this model can't compute:\n  " + "\n  ".join(problems))
     section = {"family": FAMILY[kind]} | {ours: known[theirs] for ours, theirs in names.items()}
     section.setdefault("window", None)
+    if kind == "bert":
+        return bert_section(section, hf)
+    if kind == "vit":
+        return vit_section(section, known)
+    if kind == "t5":
+        return section | read_t5_config(known) | {"bias": False}
     if kind == "gpt2":
         section["d_ff"] = section["d_ff"] or 4 * section["d_model"]
         return section | {"bias": True}
     section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
     theta = _rope(hf).get("rope_theta", hf.get("rope_theta", _ROPE_THETA))
-    return section | {"rope_theta": float(theta), "bias": bool(hf.get("attention_bias"))}
+    section |= {"rope_theta": float(theta), "bias": bool(hf.get("attention_bias"))}
+    return section | ({"moe": moe_section(known)} if kind == "mixtral" else {})
 
 
 def section_of(model: ModelConfig) -> dict[str, Any]:
@@ -91,6 +119,16 @@ def section_of(model: ModelConfig) -> dict[str, Any]:
         "d_ff": model.ffn_dim, "vocab_size": model.vocab_size, "max_seq_len": model.max_seq_len,
         "norm_eps": model.norm_eps, "tie_embeddings": model.is_tied, "window": model.window, "bias": model.has_bias,
     }
+    if model.family == "t5":
+        return section | t5_section(model)
+    if model.family == "vit":
+        return section | vision_of(model)
+    if model.family == "bert":
+        return section | {
+            "num_segments": model.num_segments, "pair_head": model.pair_head, "activation": model.feed_forward,
+        }
+    if model.moe is not None:
+        section |= {"d_ff": model.expert_dim, "moe": moe_section_of(model)}
     return section | ({"num_kv_heads": model.kv_heads, "rope_theta": model.rotary_base} if model.is_rotary else {})
 
 
@@ -103,7 +141,7 @@ def differences(section: dict[str, Any], model: ModelConfig, names: Mapping[str,
         names: our field -> theirs, where theirs has another name.
     """
     ours = section_of(model) | {"vocab_multiple": model.vocab_multiple}
-    free = {"max_seq_len"} if section["family"] == "llama" else set()
+    free = {"max_seq_len"} if section["family"] in ("llama", "moe", "t5") else set()
     return [
         f"model.{key} = {ours.get(key)!r} here, {names.get(key, key)} = {value!r} there;"
         f" set model.{key}={json.dumps(value)}"
@@ -127,13 +165,13 @@ def _unsupported(hf: dict[str, Any], kind: str) -> list[str]:
             problems.append(f"{name} = {value!r}: only {legal[0]!r} is supported")
     if hf.get("quantization_config"):
         problems.append("quantization_config: the weights are quantized; import the model that they were made from")
-    if kind == "gpt2":
+    if kind in ("gpt2", "bert", "t5", "vit"):
         return problems
     rope = _rope(hf)
     if rope.get("rope_type", rope.get("type")) not in _PLAIN_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"rope_scaling = {rope}: only plain rotary positions are supported")
     biases = [bool(hf.get(name)) for name in ("attention_bias", "mlp_bias")]
-    if biases[0] != biases[1] or (kind == "mistral" and any(biases)):
+    if biases[0] != biases[1] or (kind in ("mistral", "mixtral") and any(biases)):
         problems.append(f"attention_bias = {biases[0]} and mlp_bias = {biases[1]}: all linear layers have biases here,"
                         " or none has")
     return problems

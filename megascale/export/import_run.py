@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megascale.checkpoint.comm import LocalComm
 from megascale.checkpoint.index import BYTES_PER_ELEMENT, RunRecord
@@ -42,18 +42,27 @@ from megascale.data.manifest import read_tokenizer
 from megascale.data.stream import open_stream, open_validation
 from megascale.data.tokenizer import parse_tokenizer
 from megascale.data.transfer import access_of
-from megascale.engine.fragments import MOMENTS
 from megascale.engine.precision import build_loss_scaler, scaler_values
 from megascale.errors import CheckpointError, ConfigError, DataError, LeaseLostError, MegascaleError, SaveError
 from megascale.export.hf_import import differences
 from megascale.export.weight_source import WeightSource, open_source
-from megascale.model.axes import ONE_RANK
-from megascale.model.transformer import Transformer
+from megascale.model.transformer import parameter_shapes
+from megascale.optim.groups import group_of
+from megascale.optim.state import EMA, state_shapes
 from megascale.parallel.boxes import Box
+from megascale.train.build import parameter_facts
 from megascale.train.request import serve_request
-from megascale.train.run_folder import TOKENIZER_FILE, claim_run_folder, describe_run_folder, read_git_commit
+from megascale.train.run_folder import (
+    TOKENIZER_FILE,
+    claim_run_folder,
+    describe_run_folder,
+    file_of_tokenizer,
+    read_git_commit,
+)
 from megascale.train.setup import close_stores, describe_run
 
+States = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Global parameter name -> kind of state -> its unsharded shape."""
 PART_BYTES = 4 << 30
 """Size from which on a file of the checkpoint takes no further parameter, so that ranks can share the reading out."""
 
@@ -66,12 +75,14 @@ class Target:
         record: without its run id.
         tokenizer: of its corpora, content of `tokenizer.json`.
         eos_id: ends a text in them.
+        tokenizer_file: its name in the run folder.
     """
 
     config: RunConfig
     record: RunRecord
     tokenizer: bytes
     eos_id: int
+    tokenizer_file: str
 
     @property
     def folder(self) -> Path:
@@ -138,13 +149,8 @@ def describe_target(config: RunConfig, derived: Derived) -> Target:
         at_end.callback(close_stores, [*stream.corpora, *validation])
         manifest = stream.corpora[0].manifest
         record = describe_run(config, stream, validation, read_git_commit())
-        return Target(config, record, read_tokenizer(manifest, access_of(config.data)), manifest.eos_id)
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Unsharded shape of each parameter, by its global name; nothing is allocated."""
-    with torch.device("meta"):
-        return {place.name: place.global_shape for place in Transformer(model, ONE_RANK).placements().values()}
+        tokenizer = read_tokenizer(manifest, access_of(config.data))
+        return Target(config, record, tokenizer, manifest.eos_id, file_of_tokenizer(manifest))
 
 
 def check_tokenizer(source: WeightSource, target: Target, *, allows_other: bool) -> list[str]:
@@ -210,7 +216,7 @@ def write_run(target: Target, source: WeightSource, shapes: Mapping[str, tuple[i
                 f"{folder}: holds a run with checkpoints ({steps});"
                 " set it aside with --fresh, or set another run.folder"
             )
-        describe_run_folder(folder, record, target.tokenizer)
+        describe_run_folder(folder, record, target.tokenizer, target.tokenizer_file)
         note_saved(folder, 0)  # before it is, so that training doesn't begin here when this is killed half-way
         write_checkpoint(store, replace(record, lineage=source.lineage()), config, source, shapes, lease.claim)
     except LeaseLostError:
@@ -229,14 +235,15 @@ def write_checkpoint(
     store: Store, record: RunRecord, config: RunConfig, source: WeightSource, shapes: Mapping[str, tuple[int, ...]],
     claim: LeaseClaim,
 ) -> None:
-    """Writes the checkpoint of step 0, in files that each hold some parameters with their moments.
+    """Writes the checkpoint of step 0, in files that each hold some parameters with their state.
 
     Raises:
         SaveError: it couldn't be written; nothing of it is left.
         DataError: a value of the source isn't finite.
     """
     policy, model, token = config.checkpoint, config.model, secrets.token_hex(16)
-    parts = [(_records(names, shapes), names) for names in divide(shapes, PART_BYTES)]
+    states = states_of(config, shapes)
+    parts = [(_records(names, states), names) for names in divide(states, PART_BYTES)]
     needed_bytes = sum(file_bytes(records) + SPARE_BYTES_PER_RANK for records, _ in parts)
     state = replace(
         RunState.at_start(wandb_run_id=secrets.token_hex(8)), optimizer_scalars=start_scalars(config.precision)
@@ -248,7 +255,7 @@ def write_checkpoint(
                 task = WriteTask(
                     store.place, 0, token, rank, policy.read_back, None if rank else needed_bytes, claim
                 )
-                write_part(task, RankPieces(records, _arrays(source, model, names, shapes)))
+                write_part(task, RankPieces(records, _arrays(source, model, names, states)))
             commit(CommitTask(
                 store.place, 0, token, len(parts), record, state, None,
                 Retention(policy.keep_last, policy.keep_every_steps, policy.keep_best), claim,
@@ -268,36 +275,44 @@ def start_scalars(precision: PrecisionConfig) -> dict[str, float]:
     return {"step": 0.0, **scaler_values(scaler)}
 
 
-def divide(shapes: Mapping[str, tuple[int, ...]], part_bytes: int) -> list[list[str]]:
-    """The names in their order, in parts that end with the parameter that fills them, moments counted."""
+def states_of(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> States:
+    """The kinds of state that training keeps of each parameter, master weights first, with their shapes."""
+    facts = parameter_facts(config, shapes)
+    return {
+        name: {"master": shape}
+        | state_shapes(config.optimizer, shape, group_of(name, facts[name], config.optimizer).is_matrix)
+        for name, shape in shapes.items()
+    }
+
+
+def divide(states: States, part_bytes: int) -> list[list[str]]:
+    """The names in their order, in parts that end with the parameter that fills them, its whole state counted."""
     parts, filled = [[]], 0
-    for name, shape in shapes.items():
+    for name, kinds in states.items():
         if filled >= part_bytes:
             parts.append([])
             filled = 0
         parts[-1].append(name)
-        filled += (1 + len(MOMENTS)) * BYTES_PER_ELEMENT * Box((0,) * len(shape), shape).numel
+        filled += BYTES_PER_ELEMENT * sum(map(prod, kinds.values()))
     return parts
 
 
-def _records(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[PieceRecord, ...]:
+def _records(names: list[str], states: States) -> tuple[PieceRecord, ...]:
     return tuple(
-        PieceRecord(f"{kind}/{name}", shapes[name], (0,) * len(shapes[name]), shapes[name])
-        for name in names for kind in ("master", *MOMENTS)
+        PieceRecord(f"{kind}/{name}", shape, (0,) * len(shape), shape)
+        for name in names for kind, shape in states[name].items()
     )
 
 
 def _arrays(
-    source: WeightSource, model: ModelConfig, names: list[str], shapes: Mapping[str, tuple[int, ...]]
+    source: WeightSource, model: ModelConfig, names: list[str], states: States
 ) -> Iterator[np.ndarray]:
     """The elements of `_records`, each read when it is written."""
     for name in names:
-        weight = source.read(model, name, shapes[name]).numpy().reshape(-1)
-        yield weight
-        num_elements = weight.size
+        weight = source.read(model, name, states[name]["master"]).numpy().reshape(-1)
+        for kind, shape in states[name].items():
+            yield weight if kind in ("master", EMA) else np.zeros(prod(shape), np.float32)
         del weight
-        for _ in MOMENTS:
-            yield np.zeros(num_elements, np.float32)
 
 
 if __name__ == "__main__":

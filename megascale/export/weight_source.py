@@ -88,6 +88,17 @@ def open_source(text: str) -> WeightSource:
     )
 
 
+def stored_copies(model: ModelConfig) -> dict[str, str]:
+    """Tensors of a folder that may be stored once more -> those that they are copies of."""
+    copies = {}
+    if model.is_tied and model.family == "bert":
+        copies["cls.predictions.decoder.bias"] = "cls.predictions.bias"
+    if model.is_tied:
+        (embedding,) = exchange_of(model, "embedding.tokens.weight").hf_names
+        copies["cls.predictions.decoder.weight" if model.family == "bert" else HEAD] = embedding
+    return copies
+
+
 class HfSource:
     """See `WeightSource`."""
 
@@ -110,13 +121,14 @@ class HfSource:
             exchange = exchange_of(model, name)
             parts = exchange.split(torch.empty(shape, device="meta"))
             expected |= {hf: tuple(part.shape) for hf, part in zip(exchange.hf_names, parts, strict=True)}
-        if model.is_tied and HEAD in self._content.tensors:
-            (embedding,) = exchange_of(model, "embedding.tokens.weight").hf_names
-            expected[HEAD] = expected[embedding]
+        for copy, original in stored_copies(model).items():
+            if copy not in self._content.tensors:
+                continue
+            expected[copy] = expected[original]
             self._content.check_tensors(expected)
-            if not torch.equal(self._content.read(HEAD), self._content.read(embedding)):
+            if not torch.equal(self._content.read(copy), self._content.read(original)):
                 raise DataError(
-                    f"{self.place}: {CONFIG_NAME} ties the head to the embedding, but {HEAD} and {embedding} differ;"
+                    f"{self.place}: {CONFIG_NAME} ties the head to the embedding, but {copy} and {original} differ;"
                     " one of them would be lost: set tie_word_embeddings there to false"
                 )
         self._content.check_tensors(expected)

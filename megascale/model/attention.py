@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from megascale.config.model import ModelConfig
-from megascale.model.attention_core import attend
+from megascale.model.attention_core import Scoring, attend
 from megascale.model.axes import Axes
 from megascale.model.context import Context
 from megascale.model.linear import ColumnLinear, RowLinear
+from megascale.model.mup import score_scale
+from megascale.model.norm import RMSNorm
 from megascale.model.rope import rotate
 from megascale.parallel.collectives import gather
 
@@ -24,13 +26,15 @@ class Attention(nn.Module):
     heads the cut goes through groups: the ranks of a group gather its product and each takes its own query heads, so
     that no parameter is on two ranks.
 
+    With `qk_norm` queries and keys are normalised in each head, by two norms that all heads share.
+
     Shape: (B, T, D) to (B, T, D).
     Cost: as its linear layers; the gather moves (G + 2) C numbers per position and is reduce-scattered in backward.
-    Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA).
+    Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); norms: Dehghani et al. 2023, arXiv 2302.05442, section 2.
     """
 
     def __init__(self, config: ModelConfig, name: str, axes: Axes):
-        """`name` is that of its block."""
+        """`name` is that of its block, which ends with the block's number."""
         super().__init__()
         self.name, self.axes = name, axes
         self.group_size = config.num_heads // config.kv_heads
@@ -38,14 +42,28 @@ class Attention(nn.Module):
         qkv_dim = (config.num_heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = ColumnLinear(config.d_model, qkv_dim, bias=config.has_bias, axes=axes)
         self.output = RowLinear(config.heads_dim, config.d_model, bias=config.has_bias, axes=axes)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.scoring = Scoring(score_scale(config), config.attention_softcap)
+        number = int(name.rpartition(".")[2]) + 1
+        self.is_global = config.global_every is not None and number % config.global_every == 0
 
     def forward(self, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         q_BTHC, k_BTKC, v_BTKC = self.split_heads(self.qkv(hidden_BTD))
+        if self.q_norm is not None:
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
         if context.cos_BA1C is not None:
             q_BTHC = rotate(q_BTHC, context.cos_BA1C, context.sin_BA1C)
             k_BTKC = rotate(k_BTKC, context.cos_BA1C, context.sin_BA1C)
-        mixed_BTHC = attend(q_BTHC, k_BTKC, v_BTKC, context.mask, self.axes)
+        if context.cache is not None:
+            k_BTKC, v_BTKC = context.cache.extend(self.name, k_BTKC, v_BTKC)
+        mask = context.global_mask if self.is_global else context.mask
+        mixed_BTHC = attend(q_BTHC, k_BTKC, v_BTKC, mask, self.axes, self.scoring_of(context, k_BTKC.shape[1]))
         return self.output(mixed_BTHC.flatten(2))
+
+    def scoring_of(self, context: Context, num_keys: int) -> Scoring:
+        """How this micro-batch's queries and keys become scores."""
+        return self.scoring
 
     def split_heads(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value heads of this rank from the fused product's features."""

@@ -62,13 +62,15 @@ def cp_columns(num_positions: int, axes: Axes, device: torch.device) -> torch.Te
 
 def build_mask(
     columns_T: torch.Tensor, documents_BT: torch.Tensor | None, window: int | None, axes: Axes, device: torch.device,
-    *, is_causal: bool = True,
+    *, is_causal: bool = True, is_bent: bool = False,
 ) -> AttentionMask:
     """The mask of a micro-batch in the form that its attention wants.
 
     Args:
         columns_T: from `cp_columns`.
         documents_BT: of the whole row, numbers that never fall along it. None: no documents.
+        is_bent: whether scores are bent, which FlexAttention alone does in a kernel: then it gets its tiles even where
+            the mask is plain.
 
     Cost: nothing for plain causal attention and for the ring; else B T^2 bytes, or with FlexAttention B (T / 128)^2
     numbers.
@@ -77,7 +79,8 @@ def build_mask(
     if window is not None and window >= num_positions:
         window = None
     mask = AttentionMask(columns_T, documents_BT, window, None, None, is_causal)
-    if mask.is_plain or (axes.cp.size > 1 and axes.context_attention == "ring"):
+    is_tiled = is_bent and can_train_flex(device)
+    if (mask.is_plain and not is_tiled) or (axes.cp.size > 1 and axes.context_attention == "ring"):
         return mask
     if can_train_flex(device):
         return mask._replace(flex=flex_mask(documents_BT, window, num_positions, device, is_causal=is_causal))

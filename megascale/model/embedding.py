@@ -51,6 +51,10 @@ class Embedding(nn.Module):
         self.dropout = Dropout(config.dropout, site="embedding")
 
     def forward(self, tokens_BT: torch.Tensor, context: Context) -> torch.Tensor:
+        return self.dropout(self.sum_up(tokens_BT, context), context)
+
+    def sum_up(self, tokens_BT: torch.Tensor, context: Context) -> torch.Tensor:
+        """The sum, on the positions of the residual stream. Shape: (B, row positions) int64 to (B, T, D)."""
         part_BTD = self.tokens(tokens_BT)
         if self.is_sequence_parallel:
             hidden_BTD = reduce_scatter(part_BTD, self.tp, 1)
@@ -58,4 +62,4 @@ class Embedding(nn.Module):
             hidden_BTD = reduce_from(part_BTD, self.tp)
         if self.positions is not None:
             hidden_BTD = hidden_BTD + self.positions(context.position_ids_BT)
-        return self.dropout(hidden_BTD, context)
+        return hidden_BTD

@@ -1,5 +1,7 @@
 """The position-wise layers between attentions, their inner features cut over tp.
 
+Blocks give them the context too, of which only sparse ones (`megascale/model/moe/`) have any use.
+
 Shapes: B rows, T positions, D d_model, F d_ff.
 """
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from megascale.config.model import ModelConfig
 from megascale.model.axes import Axes
+from megascale.model.context import Context
 from megascale.model.linear import ColumnLinear, RowLinear
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -37,7 +40,7 @@ class FeedForward(nn.Module):
         self.up = ColumnLinear(config.d_model, d_ff, bias=config.has_bias, axes=axes)
         self.output = RowLinear(d_ff, config.d_model, bias=config.has_bias, axes=axes)
 
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BTD: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return self.output(self.activation(self.up(hidden_BTD)))
 
 
@@ -54,7 +57,7 @@ class GatedFeedForward(nn.Module):
         self.gate_up = ColumnLinear(config.d_model, 2, d_ff, bias=config.has_bias, axes=axes)
         self.output = RowLinear(d_ff, config.d_model, bias=config.has_bias, axes=axes)
 
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BTD: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         gate_BTF, up_BTF = self.gate_up(hidden_BTD).chunk(2, dim=-1)
         return self.output(self.activation(gate_BTF) * up_BTF)
 

@@ -72,12 +72,13 @@ class ColumnLinear(Linear):
 
     Shape: (B, T, in_features), or (B, t, in_features) when sequence parallel, to (B, T, out_features / tp).
     Cost: forward nothing, or one all-gather of the inputs when sequence parallel; backward one all-reduce of their
-        gradient, or a reduce-scatter of it and an all-gather of the inputs again.
+        gradient, or a reduce-scatter of it and an all-gather of the inputs again. Joined (see `Axes`): nothing.
     """
 
     def __init__(self, in_features: int, *out_features: int, bias: bool, axes: Axes):
         super().__init__(in_features, *out_features[:-1], out_features[-1] // axes.tp.size, bias=bias)
-        self.tp, self.is_sequence_parallel = axes.tp, axes.is_sequence_parallel
+        self.tp = ALONE if axes.is_joined else axes.tp
+        self.is_sequence_parallel = axes.is_sequence_parallel and not axes.is_joined
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.product(inputs, self.flat_bias(), self.tp, self.is_sequence_parallel)
@@ -90,12 +91,13 @@ class RowLinear(Linear):
 
     Shape: (B, T, in_features / tp) to (B, T, out_features), or (B, t, out_features) when sequence parallel.
     Cost: forward one all-reduce of the outputs, or a reduce-scatter when sequence parallel; backward nothing, or one
-        all-gather of the gradient.
+        all-gather of the gradient. Joined (see `Axes`): nothing, and the output is this rank's part of the sum; such a
+        layer has no bias.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, axes: Axes):
         super().__init__(in_features // axes.tp.size, out_features, bias=bias)
-        self.tp, self.is_sequence_parallel = axes.tp, axes.is_sequence_parallel
+        self.tp, self.is_sequence_parallel = ALONE if axes.is_joined else axes.tp, axes.is_sequence_parallel
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:

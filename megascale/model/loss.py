@@ -3,6 +3,8 @@
 Shapes: N positions, n positions of a chunk, D d_model, V padded vocabulary, v = V / tp.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -22,9 +24,10 @@ FP16_SCALE = 2.0**8
 
 
 def linear_cross_entropy(
-    hidden_ND: torch.Tensor, weight_vD: torch.Tensor, labels_N: torch.Tensor, vocab_size: int, tp: Axis
+    hidden_ND: torch.Tensor, weight_vD: torch.Tensor, labels_N: torch.Tensor, vocab_size: int, tp: Axis,
+    softcap: float | None = None, bias_v: torch.Tensor | None = None, label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """The sum of -log softmax(hidden weight^T)[label] over the labels that aren't -100.
+    """The sum of -log softmax(hidden weight^T + bias)[label] over the labels that aren't -100.
 
     The gradients of hidden and weight are computed in the forward pass, a chunk of rows at a time while its logits are
     there; the backward pass only multiplies them by the incoming scalar. Softmax and sums are in fp32 whatever the
@@ -35,6 +38,9 @@ def linear_cross_entropy(
             `vocab_size` on count for nothing.
         tp: the ranks that share the vocabulary. All call this with equal hidden states and labels; the gradient of the
             hidden state is this rank's part of a sum over them.
+        softcap: logits are bent to softcap tanh(logit / softcap) before the softmax.
+        bias_v: of this rank's ids, where the head has one.
+        label_smoothing: share of the target's probability that is spread over all ids (Szegedy et al. 2015, section 7).
 
     Returns:
         fp32 scalar in nats, equal on every rank of tp.
@@ -47,16 +53,22 @@ def linear_cross_entropy(
     """
     device_type = hidden_ND.device.type
     if torch.is_autocast_enabled(device_type):
-        hidden_ND, weight_vD = (each.to(torch.get_autocast_dtype(device_type)) for each in (hidden_ND, weight_vD))
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_ND, weight_vD = hidden_ND.to(dtype), weight_vD.to(dtype)
+        bias_v = None if bias_v is None else bias_v.to(dtype)
     has_gradients = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_vD.requires_grad)
-    return LinearCrossEntropy.apply(hidden_ND, weight_vD, labels_N, vocab_size, tp, has_gradients)
+    return LinearCrossEntropy.apply(hidden_ND, weight_vD, bias_v, labels_N, vocab_size, tp, has_gradients, softcap,
+                                    label_smoothing)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_vD, labels_N, vocab_size: int, tp: Axis, has_gradients: bool):
+    def forward(
+        ctx, hidden_ND, weight_vD, bias_v, labels_N, vocab_size: int, tp: Axis, has_gradients: bool,
+        softcap: float | None, label_smoothing: float,
+    ):
         num_columns = len(weight_vD)
         first_id = tp.rank * num_columns
         num_own = min(max(vocab_size - first_id, 0), num_columns)
@@ -67,27 +79,39 @@ class LinearCrossEntropy(torch.autograd.Function):
         torch._assert_async(is_legal_N.all(), f"a label is neither {IGNORED_LABEL} nor one of {vocab_size} token ids")
         rows = (hidden_ND, torch.where(is_own_N, targets_N, 0), is_own_N, is_label_N)
         num_rows = rows_of_chunk(num_columns, hidden_ND.device.type)
+        smoothing = Smoothing(label_smoothing, vocab_size, num_own) if label_smoothing else None
         nll_sum = torch.zeros((), device=hidden_ND.device)
-        gradients = Gradients(hidden_ND, weight_vD) if has_gradients else None
+        gradients = Gradients(hidden_ND, weight_vD, bias_v) if has_gradients else None
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for hidden_nD, *labels_n in zip(*(each.split(num_rows) for each in rows), strict=True):
-                logits_nv = F.linear(hidden_nD, weight_vD)
+                logits_nv = F.linear(hidden_nD, weight_vD, bias_v)
+                slope_nv = None if softcap is None else bend_in_place(logits_nv, softcap)
                 logits_nv[:, num_own:] = float("-inf")
-                chunk_sum, grad_nv = chunk_loss(logits_nv, *labels_n, tp, has_gradients)
+                chunk_sum, grad_nv = chunk_loss(logits_nv, *labels_n, tp, has_gradients, smoothing)
                 nll_sum += chunk_sum
                 if gradients is not None:
+                    grad_nv = grad_nv if slope_nv is None else grad_nv.mul_(slope_nv)
                     gradients.add(hidden_nD, weight_vD, grad_nv)
         if gradients is not None:
             ctx.weight_dtype = weight_vD.dtype
-            ctx.save_for_backward(gradients.hidden_ND, gradients.weight_vD)
+            ctx.save_for_backward(gradients.hidden_ND, gradients.weight_vD, gradients.bias_v)
         return nll_sum
 
     @staticmethod
     def backward(ctx, grad_sum: torch.Tensor):
-        hidden_ND, weight_vD = ctx.saved_tensors
+        hidden_ND, weight_vD, bias_v = ctx.saved_tensors
         # In fp32: a factor rounded to half precision, or beyond its range, would spoil every gradient of the model.
         grad_hidden_ND = (hidden_ND.float() * (grad_sum / gradient_scale(hidden_ND))).to(hidden_ND.dtype)
-        return grad_hidden_ND, (weight_vD * grad_sum).to(ctx.weight_dtype), None, None, None, None
+        grad_weight_vD = (weight_vD * grad_sum).to(ctx.weight_dtype)
+        grad_bias_v = None if bias_v is None else (bias_v * grad_sum).to(ctx.weight_dtype)
+        return grad_hidden_ND, grad_weight_vD, grad_bias_v, None, None, None, None, None, None
+
+
+def bend_in_place(logits_nv: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Makes the logits softcap tanh(logit / softcap), and gives the slope of that at each, fp32."""
+    share_nv = (logits_nv.float() / softcap).tanh_()
+    logits_nv.copy_(share_nv * softcap)
+    return share_nv.square_().neg_().add_(1)
 
 
 class Gradients:
@@ -95,12 +119,13 @@ class Gradients:
 
     Attributes:
         hidden_ND: in the dtype of the hidden state, times `gradient_scale`.
-        weight_vD: fp32, the sum over the chunks so far.
+        weight_vD, bias_v: fp32, the sums over the chunks so far; no bias, no sum.
     """
 
-    def __init__(self, hidden_ND: torch.Tensor, weight_vD: torch.Tensor):
+    def __init__(self, hidden_ND: torch.Tensor, weight_vD: torch.Tensor, bias_v: torch.Tensor | None):
         self.hidden_ND = torch.empty_like(hidden_ND)
         self.weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
+        self.bias_v = None if bias_v is None else torch.zeros_like(bias_v, dtype=torch.float32)
         self.num_done = 0
 
     def add(self, hidden_nD: torch.Tensor, weight_vD: torch.Tensor, grad_nv: torch.Tensor) -> None:
@@ -111,6 +136,27 @@ class Gradients:
             self.weight_vD.addmm_(grad_nv.t(), hidden_nD)
         else:
             self.weight_vD += grad_nv.t() @ (hidden_nD / gradient_scale(hidden_nD))
+        if self.bias_v is not None:
+            self.bias_v += grad_nv.sum(dim=0, dtype=torch.float32) / gradient_scale(hidden_nD)
+
+
+class Smoothing(NamedTuple):
+    """How the target's probability is spread.
+
+    Attributes:
+        share: of it that goes to all ids alike.
+        num_ids: of the vocabulary.
+        num_own: columns of this rank that are ids.
+    """
+
+    share: float
+    num_ids: int
+    num_own: int
+
+    @property
+    def each(self) -> float:
+        """What an id gets of it."""
+        return self.share / self.num_ids
 
 
 def chunk_loss(
@@ -120,6 +166,7 @@ def chunk_loss(
     is_label_n: torch.Tensor,
     tp: Axis,
     has_gradients: bool,
+    smoothing: Smoothing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The loss of a chunk, and its gradient times `gradient_scale` in the logits' dtype. May overwrite the logits.
 
@@ -131,15 +178,22 @@ def chunk_loss(
     top_n = start_all_reduce(scores_nv.amax(dim=1), tp, "max")()
     scores_nv.sub_(top_n[:, None])
     picked_n = torch.where(is_own_n, scores_nv.gather(1, targets_n1)[:, 0], 0)
+    spread = () if smoothing is None else (scores_nv[:, : smoothing.num_own].sum(dim=1),)
     scores_nv.exp_()
-    total_n, picked_n = start_all_reduce(torch.stack((scores_nv.sum(dim=1), picked_n)), tp)()
-    nll_sum = torch.where(is_label_n, total_n.log() - picked_n, 0).sum()
+    total_n, picked_n, *spread = start_all_reduce(torch.stack((scores_nv.sum(dim=1), picked_n, *spread)), tp)()
+    wanted_n = picked_n if smoothing is None else picked_n * (1 - smoothing.share) + spread[0] * smoothing.each
+    nll_sum = torch.where(is_label_n, total_n.log() - wanted_n, 0).sum()
     if not has_gradients:
         return nll_sum, None
     factor_n = is_label_n * gradient_scale(logits_nv)
-    grad_nv = scores_nv.mul_((factor_n / total_n)[:, None]).to(logits_nv.dtype)
+    grad_nv = scores_nv.mul_((factor_n / total_n)[:, None])
+    missing = 1.0  # of the label's probability, when it has none
+    if smoothing is not None:
+        grad_nv[:, : smoothing.num_own] -= smoothing.each * factor_n[:, None]
+        missing = 1.0 - smoothing.share + smoothing.each
+    grad_nv = grad_nv.to(logits_nv.dtype)
     # The label's column by itself, before it is rounded: softmax - 1 would cancel where the model is sure.
-    label_n1 = ((picked_n.exp() / total_n - 1) * factor_n).to(grad_nv.dtype)[:, None]
+    label_n1 = ((picked_n.exp() / total_n - missing) * factor_n).to(grad_nv.dtype)[:, None]
     grad_nv.scatter_(1, targets_n1, torch.where(is_own_n[:, None], label_n1, grad_nv.gather(1, targets_n1)))
     return nll_sum, grad_nv
 

@@ -52,9 +52,10 @@ def state_bytes(share: RankShare) -> State:
     | 3     | e P / n    | 4 P / n         | 12 P / n           | 12 P / n        |
 
     In ZeRO-0 and 1 an fp32 parameter is its own master. DeepSpeed's ZeRO-2 and 3 copy it. ZeRO-3 also keeps parameters
-    of less than 1e5 elements whole.
+    of less than 1e5 elements whole. With expert parallelism the optimizer's n is n / ep for experts.
     """
     total, ranks, stage = share.parameters.total, share.zero_ranks, share.parallel.zero_stage
+    experts = share.parameters.experts
     is_own_master = share.bytes == 4 and stage < 2
     gradients = {0: 4 * total, 1: 4 * total}
     parameters = share.bytes * total
@@ -63,8 +64,26 @@ def state_bytes(share: RankShare) -> State:
     return State(
         parameters=parameters,
         gradients=gradients.get(stage, 4 * total / ranks),
-        optimizer=(8 if is_own_master else 12) * total / (ranks if stage >= 1 else 1),
+        optimizer=((0 if is_own_master else 4) + kept_per_element(share)) * (
+            (total - experts) / ranks + experts * share.parallel.ep / ranks if stage >= 1 else total
+        ),
     )
+
+
+def kept_per_element(share: RankShare) -> float:
+    """Bytes per element that the optimizer keeps besides the master; a mean over this rank's parameters.
+
+    AdamW 8, Lion 4; Muon 4 for matrices of blocks and 8 for the rest; Adafactor 4 for vectors and next to nothing for
+    matrices. 4 more for an average of the weights. The table above is AdamW's.
+    """
+    optimizer, count = share.config.optimizer, share.parameters
+    table = share.model.padded_vocab_size * share.model.d_model // share.parallel.tp
+    tables = table * (share.has_embedding + (share.has_head and not share.model.is_tied))
+    kept = {
+        "adamw": 8 * count.total, "lion": 4 * count.total, "adafactor": 4 * count.vectors,
+        "muon": 4 * (count.total + min(tables, count.matrices) + count.vectors),
+    }[optimizer.kind]
+    return kept / max(1, count.total) + (4 if optimizer.ema_decay is not None else 0)
 
 
 def small_parameters(share: RankShare) -> int:
@@ -92,7 +111,10 @@ def kept_of_half(share: RankShare, half: str, *, is_again: bool, is_fused: bool)
     | attention's result, log-sum-exp in fp32 | D + H of fp32 |           | A / p | attention    |
     | widening product of the feed-forward    | F, llama 2 F  | as kept   | A / p | feed-forward |
     | after the activation (llama: also gate) | F, llama 2 F  |           | A / p | feed-forward |
+    | moe: tokens to experts, their outputs   | 2 k D         | k D       | A     | feed-forward |
 
+    In a moe F is the width of the k experts of a token and of the shared ones together, as if tokens were spread evenly
+    over experts, and each block counts as sparse. `selective` keeps none of its products: the router's, which is small.
     Attention keeps no scores and dropout no masks: kernels and hashes compute them again. An RMS norm that isn't fused
     keeps its input and its normalised input in fp32, and in 16 bits not its input as it is. A CPU keeps the statistics
     of LayerNorm in e bytes.
@@ -107,11 +129,23 @@ def kept_of_half(share: RankShare, half: str, *, is_again: bool, is_fused: bool)
     rest = (width + (width + keys if is_llama else 0)) * size + 4 * model.num_heads
     if half == "feed_forward":
         product = rest = (2 if is_llama else 1) * model.ffn_dim * size
+        if model.moe is not None:
+            return kept_of_sparse_half(share, is_again=is_again)
     if is_again:
         return over_positions(share, on_stream, product)
     unfused = width * (4 if size == 4 else 8 - size) if is_llama and not is_fused else 0
     statistics = 4 if is_llama else 8 if is_fused else 2 * size
     return over_positions(share, 2 * on_stream + statistics + unfused, product + rest)
+
+
+def kept_of_sparse_half(share: RankShare, *, is_again: bool) -> float:
+    """What the sparse half of a block keeps, see `kept_of_half`; the RMS norm is one kernel."""
+    model, moe, size = share.model, share.model.moe, share.bytes
+    width, routed = model.d_model * size, moe.top_k * model.d_model * size * share.parallel.tp  # tp doesn't cut it
+    if is_again:
+        return over_positions(share, width, routed)
+    inner = (moe.top_k + moe.num_shared_experts) * model.expert_dim * size
+    return over_positions(share, 2 * width + 4, 2 * routed + (4 if model.is_gated else 2) * inner)
 
 
 def kept_of_block(share: RankShare, *, is_fused: bool, is_chosen: bool = True) -> float:

@@ -6,7 +6,8 @@ from functools import cache, cached_property
 from megascale.config.derive import Derived
 from megascale.config.model import ModelConfig
 from megascale.config.schema import RunConfig
-from megascale.model.flops import layer_costs, num_block_weights
+from megascale.config.target import target_len
+from megascale.model.flops import block_layers, layer_costs, sum_forms
 from megascale.parallel.layout import Layout
 from megascale.parallel.stages import plan_stages, stages_of_rank
 
@@ -22,6 +23,7 @@ class ParameterCounts:
     Attributes:
         matrices, vectors: decayed and other ones; each kind is one flat group.
         whole_matrices, whole_vectors: those of them that tp doesn't cut.
+        experts: those of the matrices that ep cuts.
         tied: rows of a tied table of which the pipeline's other end has a copy.
     """
 
@@ -30,6 +32,7 @@ class ParameterCounts:
     whole_matrices: int
     whole_vectors: int
     tied: int
+    experts: int = 0
 
     @property
     def total(self) -> int:
@@ -38,10 +41,10 @@ class ParameterCounts:
 
 @cache
 def planned_stages(
-    model: ModelConfig, seq_len: int, num_stages: int, stage_layers: tuple[int, ...] | None
+    model: ModelConfig, seq_len: int, target_len: int, num_stages: int, stage_layers: tuple[int, ...] | None
 ) -> list[range]:
     """Layers of every stage; once for all ranks, since a balanced cut of 100 layers takes a third of a second."""
-    return plan_stages(layer_costs(model, seq_len), num_stages, stage_layers)
+    return plan_stages(layer_costs(model, seq_len, target_len), num_stages, stage_layers)
 
 
 class RankShare:
@@ -57,7 +60,8 @@ class RankShare:
     def __init__(self, config: RunConfig, derived: Derived, rank: int):
         self.config, self.derived = config, derived
         self.model, self.parallel, self.train = config.model, config.parallel, config.train
-        self.layout = Layout(pp=self.parallel.pp, dp=derived.dp, cp=self.parallel.cp, tp=self.parallel.tp)
+        parallel = self.parallel
+        self.layout = Layout(pp=parallel.pp, dp=derived.dp, cp=parallel.cp, tp=parallel.tp, ep=parallel.ep)
         self.at = self.layout.coordinates(rank)
         self.zero_ranks = derived.dp * self.parallel.cp
         self.bytes = BYTES[config.precision.dtype]
@@ -66,7 +70,8 @@ class RankShare:
     @cached_property
     def stage_plan(self) -> list[range]:
         """Layers of every stage of the model."""
-        return planned_stages(self.model, self.train.seq_len, self.parallel.num_stages, self.parallel.stage_layers)
+        parallel, lengths = self.parallel, (self.train.seq_len, target_len(self.config))
+        return planned_stages(self.model, *lengths, parallel.num_stages, parallel.stage_layers)
 
     @cached_property
     def stages(self) -> list[int]:
@@ -76,7 +81,7 @@ class RankShare:
 
     @cached_property
     def layers(self) -> set[int]:
-        """Layers of this rank: 0 the embedding, 1 to L the blocks, then the final norm and the head."""
+        """Numbers of this rank's layers in the model's list."""
         return {layer for stage in self.stages for layer in self.stage_plan[stage]}
 
     @property
@@ -84,16 +89,12 @@ class RankShare:
         return 0 in self.layers
 
     @property
-    def has_norm(self) -> bool:
-        return self.model.num_layers + 1 in self.layers
-
-    @property
     def has_head(self) -> bool:
-        return self.model.num_layers + 2 in self.layers
+        return self.stage_plan[-1][-1] in self.layers
 
     @property
     def num_blocks(self) -> int:
-        return len(self.layers & set(range(1, self.model.num_layers + 1)))
+        return len(self.layers & block_layers(self.model))
 
     @property
     def hidden(self) -> int:
@@ -104,22 +105,17 @@ class RankShare:
     def parameters(self) -> ParameterCounts:
         """This rank's parameters, without padding."""
         model, tp = self.model, self.parallel.tp
+        form = sum_forms(model, self.layers)
         table = model.padded_vocab_size * model.d_model // tp
-        positions = model.max_seq_len * model.d_model if model.traits.positions == "learned" else 0
-        norm = model.d_model * (2 if model.traits.norm == "layer" and model.has_bias else 1)
-        qkv_biases = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-        up_biases = model.ffn_dim * (2 if model.is_gated else 1)
-        cut_biases = (qkv_biases + up_biases) // tp if model.has_bias else 0
-        whole_vectors = self.num_blocks * (2 * norm + 2 * model.d_model * model.has_bias) + norm * self.has_norm
-        holds_tie_twice = model.is_tied and self.has_embedding and self.has_head
-        tables = self.has_embedding + self.has_head - holds_tie_twice
-        whole_matrices = positions * self.has_embedding
+        has_copy = model.is_tied and self.has_head and not self.has_embedding
+        experts = form.experts // (tp * self.parallel.ep)
         return ParameterCounts(
-            matrices=self.num_blocks * num_block_weights(model) // tp + table * tables + whole_matrices,
-            vectors=self.num_blocks * cut_biases + whole_vectors,
-            whole_matrices=whole_matrices,
-            whole_vectors=whole_vectors,
+            matrices=form.cut_matrices // tp + form.whole_matrices + experts + table * has_copy,
+            vectors=form.cut_vectors // tp + form.whole_vectors,
+            whole_matrices=form.whole_matrices,
+            whole_vectors=form.whole_vectors,
             tied=table if model.is_tied and self.has_embedding != self.has_head else 0,
+            experts=experts,
         )
 
     def flat_parameters(self, ranks: int) -> int:

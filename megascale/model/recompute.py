@@ -12,6 +12,8 @@
 computed again, because backward never reads it. Dropout comes after it, however, and its mask must be found again, so
 with dropout that product and the sum of it over the ranks are kept too.
 
+A block whose halves read the same input is one piece: `selective` keeps its input and both products that widen it.
+
 Nothing depends on a random state (see `dropout.py`), so all modes give the same gradients to the bit.
 Source: Chen et al. 2016; selective in the spirit of Korthikanti et al. 2022, section 5.
 """
@@ -98,22 +100,44 @@ def run_block(plan: MemoryPlan, attend: Half, feed: Half, hidden_BTD: torch.Tens
     return hidden_BTD
 
 
+def run_joined(plan: MemoryPlan, whole: Half, hidden_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+    """The same for a block that is one piece; the config's check has made sure that `plan.parts` is both halves.
+
+    Its products are, in their order: widening and closing of attention, widening and closing of the feed-forward layer.
+    """
+    if not torch.is_grad_enabled():
+        return whole(hidden_BTD, context)
+    with offloading(context, hidden_BTD.device) if plan.is_offloaded else nullcontext():
+        if plan.mode == "none":
+            return whole(hidden_BTD, context)
+        contexts = partial(selective_contexts, context.row_keys_B is not None, (0, 2))
+        again = contexts if plan.mode == "selective" else None
+        return run_again(lambda hidden_BTD: whole(hidden_BTD, context), hidden_BTD, again)
+
+
 def run_again(function: Callable, hidden_BTD: torch.Tensor, context_fn: Callable | None = None) -> torch.Tensor:
     """Calls the function now and once more in the backward pass."""
     options = {} if context_fn is None else {"context_fn": context_fn}
     return checkpoint(function, hidden_BTD, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def selective_contexts(has_dropout: bool) -> tuple[AbstractContextManager, AbstractContextManager]:
+def selective_contexts(
+    has_dropout: bool, widening: tuple[int, ...] = (0,)
+) -> tuple[AbstractContextManager, AbstractContextManager]:
     """What `checkpoint` runs the forward pass and its repetition in, for one half of a block."""
-    return create_selective_checkpoint_contexts(KeepPolicy(has_dropout))
+    return create_selective_checkpoint_contexts(KeepPolicy(has_dropout, widening))
 
 
 class KeepPolicy:
-    """Decides for the operators of one half, in their order, which results are kept."""
+    """Decides for the operators of one half, in their order, which results are kept.
 
-    def __init__(self, has_dropout: bool):
-        self.has_dropout = has_dropout
+    Args:
+        has_dropout: whether what comes behind the last product needs its result.
+        widening: the products, counted from 0, whose results the backward pass reads.
+    """
+
+    def __init__(self, has_dropout: bool, widening: tuple[int, ...] = (0,)):
+        self.has_dropout, self.widening = has_dropout, widening
         self.num_products = {False: 0, True: 0}
 
     def __call__(self, context, operator, *_args, **_kwargs) -> CheckpointPolicy:
@@ -121,7 +145,7 @@ class KeepPolicy:
         num_before = self.num_products[context.is_recompute]
         self.num_products[context.is_recompute] += is_product
         is_sent = operator.namespace == "_c10d_functional"
-        is_read = num_before == 0 if is_product else num_before == 1
+        is_read = (num_before if is_product else num_before - 1) in self.widening
         is_kept = (is_product or is_sent) and (is_read or (self.has_dropout and num_before > 0))
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -9,9 +9,10 @@ s = r - i, and what its queries see of them is as much work in every step and on
 | s before r    | both chunks           | first chunk        | none   |
 | s behind r    | second chunk          | both chunks        | none   |
 
-Steps are merged by their log-sum-exp, in fp32. Documents and windows are worked out tile by tile, where tiles that
-nobody sees are skipped and only those that some see need a mask; a mask is made of document numbers and columns when
-its tile comes, so the memory stays linear in the length of a row.
+Steps are merged by their log-sum-exp, in fp32. Without causal order all queries see all keys in every step.
+Documents and windows are worked out tile by tile, where tiles that nobody sees are skipped and only those that some see
+need a mask; a mask is made of document numbers and columns when its tile comes, so the memory stays linear in the
+length of a row.
 
 Cost: with x = 2 B T K C numbers of keys and values on a rank, each rank sends (n - 1) x forward, in the dtype of the
 keys, and backward (n - 1) x of them again and (n - 1) x gradients in fp32. All of it but the last hop of the gradients
@@ -69,7 +70,7 @@ class Tile(NamedTuple):
         if mask.documents_BT is not None:
             documents_BT = mask.documents_BT[:, self.query_column : self.query_column + len(columns_T)]
             documents_BS = mask.documents_BT[:, self.key_column : self.key_column + len(columns_S)]
-        return visible(columns_T, columns_S, documents_BT, documents_BS, mask.window)
+        return visible(columns_T, columns_S, documents_BT, documents_BS, mask.window, is_causal=mask.is_causal)
 
 
 def plan_tiles(rank: int, source: int, num_ranks: int, num_positions: int, mask: AttentionMask) -> Iterator[Tile]:
@@ -78,9 +79,11 @@ def plan_tiles(rank: int, source: int, num_ranks: int, num_positions: int, mask:
     if not mask.is_plain:
         for query_half, query_chunk in enumerate((rank, 2 * num_ranks - 1 - rank)):
             for key_half, key_chunk in enumerate((source, 2 * num_ranks - 1 - source)):
-                if key_chunk <= query_chunk:
+                if key_chunk <= query_chunk or not mask.is_causal:
                     yield from _masked_tiles(query_half * half, key_half * half, query_chunk * half, key_chunk * half,
                                              half, mask)
+    elif not mask.is_causal:
+        yield Tile(whole, whole)
     elif source == rank:
         yield Tile(whole, whole, is_causal=True)
     elif source < rank:
@@ -98,13 +101,13 @@ def _masked_tiles(
             num_queries, num_keys = min(TILE, length - q), min(TILE, length - k)
             offset = query_column + q - key_column - k
             nearest, furthest = offset - num_keys + 1, offset + num_queries - 1
-            if furthest < 0 or (mask.window is not None and nearest >= mask.window):
+            if (furthest < 0 and mask.is_causal) or (mask.window is not None and nearest >= mask.window):
                 continue
             cuts_window = mask.window is not None and furthest >= mask.window
             is_masked = mask.documents_BT is not None or cuts_window
             yield Tile(
                 slice(query_at + q, query_at + q + num_queries), slice(key_at + k, key_at + k + num_keys),
-                is_causal=offset == 0 and not is_masked, is_masked=is_masked,
+                is_causal=mask.is_causal and offset == 0 and not is_masked, is_masked=is_masked,
                 query_column=query_column + q, key_column=key_column + k,
             )
 
@@ -139,19 +142,20 @@ class RingAttention(torch.autograd.Function):
     """Attention over a row that lies over the ranks of an axis; see the top of the file."""
 
     @staticmethod
-    def forward(ctx, q_BHTC, k_BKTC, v_BKTC, mask: AttentionMask, cp: Axis) -> torch.Tensor:
+    def forward(ctx, q_BHTC, k_BKTC, v_BKTC, mask: AttentionMask, cp: Axis, softcap: float | None) -> torch.Tensor:
         num_positions = q_BHTC.shape[2]
         mixed_BHTC = torch.zeros_like(q_BHTC, dtype=torch.float32)
         lse_BHT = torch.full(q_BHTC.shape[:3], NOTHING_SEEN, dtype=torch.float32, device=q_BHTC.device)
         for source, (k, v) in visits(torch.stack((k_BKTC, v_BKTC)), cp):
             for tile in plan_tiles(cp.rank, source, cp.size, num_positions, mask):
                 of_tile = tile_forward(
-                    q_BHTC[:, :, tile.queries], k[:, :, tile.keys], v[:, :, tile.keys], tile.is_causal, tile.seen(mask)
+                    q_BHTC[:, :, tile.queries], k[:, :, tile.keys], v[:, :, tile.keys], tile.is_causal, tile.seen(mask),
+                    softcap,
                 )
                 merge(mixed_BHTC[:, :, tile.queries], lse_BHT[:, :, tile.queries], *of_tile)
         mixed_BHTC = mixed_BHTC.to(q_BHTC.dtype)
         ctx.save_for_backward(q_BHTC, k_BKTC, v_BKTC, mixed_BHTC, lse_BHT)
-        ctx.mask, ctx.cp = mask, cp
+        ctx.mask, ctx.cp, ctx.softcap = mask, cp, softcap
         return mixed_BHTC
 
     @staticmethod
@@ -166,7 +170,7 @@ class RingAttention(torch.autograd.Function):
                 rows, keys = tile.queries, tile.keys
                 grad_q, grad_k, grad_v = tile_backward(
                     grad_BHTC[:, :, rows], q_BHTC[:, :, rows], *kv_2BKTC[:, :, :, keys], mixed_BHTC[:, :, rows],
-                    lse_BHT[:, :, rows], tile.is_causal, tile.seen(mask),
+                    lse_BHT[:, :, rows], tile.is_causal, tile.seen(mask), ctx.softcap,
                 )
                 grad_q_BHTC[:, :, rows] += grad_q
                 grad_2BKTC[0, :, :, keys] += grad_k
@@ -179,7 +183,7 @@ class RingAttention(torch.autograd.Function):
                 grad_2BKTC += finish()
             finish = start_hop(grad_2BKTC, cp)
         own_grad_2BKTC += finish()
-        return grad_q_BHTC.to(q_BHTC.dtype), *own_grad_2BKTC.to(k_BKTC.dtype), None, None
+        return grad_q_BHTC.to(q_BHTC.dtype), *own_grad_2BKTC.to(k_BKTC.dtype), None, None, None
 
 
 def merge(mixed_BHTC: torch.Tensor, lse_BHT: torch.Tensor, tile_BHTC: torch.Tensor, tile_lse_BHT: torch.Tensor) -> None:
@@ -192,11 +196,12 @@ def merge(mixed_BHTC: torch.Tensor, lse_BHT: torch.Tensor, tile_BHTC: torch.Tens
 
 @torch.compiler.disable
 def ring_attend(
-    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: AttentionMask, cp: Axis
+    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: AttentionMask, cp: Axis,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of this rank's queries over the whole row.
 
     Shape: (B, T, H, C), (B, T, K, C) twice, to (B, T, H, C).
     """
     heads = (part.transpose(1, 2) for part in (q_BTHC, k_BTKC, v_BTKC))
-    return RingAttention.apply(*heads, mask, cp).transpose(1, 2)
+    return RingAttention.apply(*heads, mask, cp, softcap).transpose(1, 2)

@@ -12,7 +12,7 @@ from megascale.config.model import ModelConfig
 from megascale.model.axes import ONE_RANK, Axes
 from megascale.model.context import Context, build_context
 from megascale.model.init import initial_value
-from megascale.model.registry import FAMILIES
+from megascale.model.registry import FAMILIES, SHARED
 from megascale.model.sharding import rule_of
 from megascale.model.stage import Stage
 from megascale.parallel.axis import ALONE
@@ -33,6 +33,7 @@ class Transformer(nn.Module):
     Attributes:
         specs: the whole list as data.
         own_specs: the part of it that this rank has.
+        shared_specs: modules that layers of several stages use; each pipeline rank holds all of them.
         copies: name here -> global name, of tied parameters whose original another rank has.
         stages: this rank's stages, which refer to its layers.
     """
@@ -43,7 +44,9 @@ class Transformer(nn.Module):
         self.specs = tuple(FAMILIES[config.family](config, axes))
         stages = [range(len(self.specs))] if stages is None else stages
         self.own_specs = tuple(self.specs[index] for index in sorted(index for stage in stages for index in stage))
-        for spec in self.own_specs:
+        list_shared = SHARED.get(config.family)
+        self.shared_specs = tuple(list_shared(config, axes)) if list_shared else ()
+        for spec in (*self.shared_specs, *self.own_specs):
             parent_name, _, own_name = spec.name.rpartition(".")
             self._container(parent_name).add_module(own_name, spec.build())
         self.copies = self._tie()
@@ -86,15 +89,21 @@ class Transformer(nn.Module):
         name, tp = self.copies.get(own_name, own_name), self.axes.tp
         rule, shape = rule_of(name), list(parameter.shape)
         starts, is_whole = [0] * len(shape), rule.tp_dim is None
-        if not is_whole:
-            starts[rule.tp_dim] = tp.rank * shape[rule.tp_dim]
-            shape[rule.tp_dim] *= tp.size
+        for axis, dim in ((tp, rule.tp_dim), (self.axes.ep, rule.ep_dim)):
+            if dim is not None:
+                starts[dim] = axis.rank * shape[dim]
+                shape[dim] *= axis.size
         stops = (start + size for start, size in zip(starts, parameter.shape, strict=True))
-        partial_over = tp if is_whole and self.axes.is_sequence_parallel else ALONE
+        is_partial = is_whole and (self.axes.is_sequence_parallel or rule.is_per_head)
+        partial_over = tp if is_partial else ALONE
         if name in self._split_ties():
             partial_over = self.axes.ends
         is_counted = own_name not in self.copies and (tp.rank == 0 or not is_whole)
-        return Placement(name, tuple(shape), Box(tuple(starts), tuple(stops)), is_counted, partial_over)
+        if any(name.startswith(f"{spec.name}.") for spec in self.shared_specs):
+            partial_over, is_counted = self.axes.pp, is_counted and self.axes.pp.rank == 0
+        is_expert = rule.ep_dim is not None and self.axes.ep.size > 1
+        box = Box(tuple(starts), tuple(stops))
+        return Placement(name, tuple(shape), box, is_counted, partial_over, is_expert)
 
     def _split_ties(self) -> set[str]:
         """Names of tied parameters of which this rank has one use and another rank the other."""
@@ -119,18 +128,28 @@ class Transformer(nn.Module):
         return copies
 
     def _holds(self, parameter_name: str) -> bool:
-        return any(parameter_name.startswith(f"{spec.name}.") for spec in self.own_specs)
+        specs = (*self.shared_specs, *self.own_specs)
+        return any(parameter_name.startswith(f"{spec.name}.") for spec in specs)
 
     def _container(self, name: str) -> nn.Module:
         """The module that holds the layers whose names begin with `name`; made when the first of them is added."""
-        if name and not hasattr(self, name):
-            self.add_module(name, nn.Module())
-        return self.get_submodule(name)
+        module: nn.Module = self
+        for part in name.split(".") if name else ():
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        return module
 
     def _stage(self, indices: Sequence[int]) -> Stage:
         layers = [self.get_submodule(self.specs[index].name) for index in indices]
         ends_model = indices[-1] == len(self.specs) - 1
         return Stage(layers[:-1], layers[-1]) if ends_model else Stage(layers, None)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Unsharded shape of each parameter, by its global name; nothing is allocated."""
+    with torch.device("meta"):
+        return {place.name: place.global_shape for place in Transformer(config, ONE_RANK).placements().values()}
 
 
 def build_model(
@@ -150,5 +169,5 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     Equal blocks share one compiled graph, so start-up costs the same for 2 layers and for 100.
     """
     for spec, layer in zip(model.own_specs, model.layers, strict=True):
-        if spec.name.startswith(BLOCKS):
+        if BLOCKS in spec.name:
             layer.compile(backend=backend)

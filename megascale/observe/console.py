@@ -52,6 +52,8 @@ def describe_eval(record: EvalRecord) -> str:
     parts = [f"validation loss {record.loss:.4f}", f"perplexity {record.perplexity:.2f}"]
     if record.bits_per_byte is not None:
         parts.append(f"{record.bits_per_byte:.4f} bits/byte")
+    if record.ema_loss is not None:
+        parts.append(f"{record.ema_loss:.4f} averaged")
     parts.append(f"{format_count(record.num_tokens)} tokens in {format_duration(record.eval_s)}")
     if record.corpora:
         losses = (f"{name} {corpus.loss:.4f}" for name, corpus in record.corpora.items())

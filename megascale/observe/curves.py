@@ -71,6 +71,16 @@ def corpora_figure(lines: list[dict]) -> Figure:
     return figure
 
 
+def figures_figure(lines: list[dict], name: str) -> Figure:
+    """One of the figures that a model tells of itself, such as `load_max`, a line for each part that has it."""
+    figure, axes = _build_axes("step", name.replace("_", " "), height=2.4)
+    known = [line for line in lines if line.get("figures")]
+    for full_name in sorted({full for line in known for full in line["figures"] if full.endswith(f"/{name}")}):
+        points = sorted((line["step"], line["figures"][full_name]) for line in known if full_name in line["figures"])
+        axes.plot(*_thin(*map(list, zip(*points, strict=True))), linewidth=1.0)
+    return figure
+
+
 def series(lines: list[dict], kind: str, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, ordered by step, where it has a value."""
     points = sorted((line["step"], line[name]) for line in lines if line["kind"] == kind and line.get(name) is not None)

@@ -25,6 +25,7 @@ class TrainRecord:
         is_skipped: whether a non-finite value made the engine leave the parameters as they were.
         unix_s: wall-clock time of the record.
         ledger: tokens that the run has read so far, by corpus.
+        figures: what else the model tells of itself, by names with slashes, such as `experts/0/load_max`.
     """
 
     step: int
@@ -40,6 +41,7 @@ class TrainRecord:
     is_skipped: bool
     unix_s: float
     ledger: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class EvalRecord:
         perplexity: exp(loss); infinite where that leaves the range of a float.
         bits_per_byte: loss in bits per byte of text, comparable between tokenizers; None when the bytes aren't known.
         corpora: the same for each corpus of a blend; empty where there is one corpus.
+        ema_loss: `loss` of the averaged weights; None where they aren't evaluated.
     """
 
     step: int
@@ -69,6 +72,7 @@ class EvalRecord:
     bits_per_byte: float | None
     unix_s: float
     corpora: dict[str, CorpusEval] = field(default_factory=dict)
+    ema_loss: float | None = None
 
 
 def build_eval_record(
@@ -167,7 +171,7 @@ def _finite(value: Any) -> Any:
 def merge_rows(lines: list[dict]) -> list[tuple[int, dict]]:
     """Merges the lines of each step into one W&B row `{"train/loss": .., "eval/loss": ..}`, ordered by step.
 
-    What a line has of each corpus becomes `train/tokens/NAME` and `eval/NAME/loss`.
+    What a line has of each corpus becomes `train/tokens/NAME` and `eval/NAME/loss`, its figures `train/NAME`.
     """
     rows: dict[int, dict] = {}
     for line in lines:
@@ -177,6 +181,8 @@ def merge_rows(lines: list[dict]) -> list[tuple[int, dict]]:
                 row["_timestamp"] = value
             elif name == "ledger":
                 row |= {f"train/tokens/{corpus}": tokens for corpus, tokens in value.items()}
+            elif name == "figures":
+                row |= {f"train/{figure}": number for figure, number in value.items() if number is not None}
             elif name == "corpora":
                 row |= {f"eval/{corpus}/{metric}": number for corpus, metrics in value.items()
                         for metric, number in metrics.items() if number is not None}

@@ -9,7 +9,7 @@ import yaml
 from megascale.errors import DataError
 from megascale.observe import page
 from megascale.observe.console import format_count, format_duration
-from megascale.observe.curves import corpora_figure, loss_figure, metric_figure, series, to_inline_svg
+from megascale.observe.curves import corpora_figure, figures_figure, loss_figure, metric_figure, series, to_inline_svg
 from megascale.observe.goodput import derive_goodput, read_sessions, write_goodput
 from megascale.observe.metrics import Goodput
 from megascale.observe.redact import redact
@@ -52,6 +52,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         page.section("Loss", to_inline_svg(loss_figure(lines, fits), "Loss curve")),
         page.section("Compared on the validation split", _comparison(lines, fits)),
         page.section("Optimization and speed", _small_curves(lines)),
+        page.section("What the model tells of itself", _figures(lines)),
         page.section("What it writes", page.preformatted(_read_text(run_folder / SAMPLE_FILE))),
         page.section("Goodput", _goodput_table(goodput)),
         page.section("The run", page.table(_facts(config, sessions))),
@@ -174,6 +175,12 @@ def _goodput_table(goodput: Goodput | None) -> str:
     rows.append(("wall time", format_duration(goodput.wall_s), ""))
     steps = f"{goodput.steps_kept} steps count, {goodput.steps_redone} were lost; sessions: {goodput.num_sessions}"
     return page.stacked_bar(list(parts.items())) + page.table(rows, ("", "time", "share")) + page.paragraph(steps)
+
+
+def _figures(lines: list[dict]) -> str:
+    """A curve for each kind of figure, such as the load of experts, with a line for each part of the model that has it."""
+    names = sorted({name.rpartition("/")[2] for line in lines for name in line.get("figures") or {}})
+    return "".join(to_inline_svg(figures_figure(lines, name), name) for name in names)
 
 
 def _corpus_table(lines: list[dict]) -> str:

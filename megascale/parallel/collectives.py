@@ -139,6 +139,24 @@ class AllToAll(torch.autograd.Function):
         return start_all_to_all(grad, ctx.axis, ctx.join_dim, ctx.split_dim)(), None, None, None
 
 
+class AllToAllRows(torch.autograd.Function):
+    """Rows of a matrix, so many to and from each rank; the gradients of those received go back."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> torch.Tensor:
+        ctx.num_sent, ctx.num_received, ctx.axis = num_sent, num_received, axis
+        return exchange_rows(tensor, num_sent, num_received, axis)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return exchange_rows(grad, ctx.num_received, ctx.num_sent, ctx.axis), None, None, None
+
+
+def exchange_rows(tensor: torch.Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> torch.Tensor:
+    """Sends the first `num_sent[0]` rows to rank 0 and so on; the received rows lie in the order of their origins."""
+    return ops.wait_tensor(ops.all_to_all_single(tensor.detach().contiguous(), num_received, num_sent, axis.name))
+
+
 def copy_to(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """`CopyTo`, without a node in the graph where nothing is shared."""
     return tensor if axis.size == 1 else CopyTo.apply(tensor, axis)
@@ -162,3 +180,8 @@ def reduce_scatter(tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
 def all_to_all(tensor: torch.Tensor, axis: Axis, split_dim: int, join_dim: int) -> torch.Tensor:
     """`AllToAll`, likewise."""
     return tensor if axis.size == 1 else AllToAll.apply(tensor, axis, split_dim, join_dim)
+
+
+def all_to_all_rows(tensor: torch.Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> torch.Tensor:
+    """`AllToAllRows`, likewise."""
+    return tensor if axis.size == 1 else AllToAllRows.apply(tensor, num_sent, num_received, axis)

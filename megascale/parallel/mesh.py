@@ -39,6 +39,9 @@ class Mesh:
         ends: the first and the last pipeline rank, of size 1 on all others; a tied embedding lives on both.
         zero_group: the ranks along dp and cp, which hold the same parameters; gradients are summed and ZeRO shards
             over it.
+        ep: those of the zero group that share out the experts of a layer.
+        expert_group: those of the zero group that hold the same experts as this rank; experts' gradients are summed and
+            ZeRO shards them over it. Without expert parallelism the zero group itself.
         loss_group: the ranks along pp, dp and cp, over which the parts of the loss add up.
         model_group: the ranks along pp and tp, which together hold one whole model.
         world_group: all ranks, on the device's backend.
@@ -54,6 +57,8 @@ class Mesh:
     pp: Axis
     ends: Axis
     zero_group: dist.ProcessGroup
+    ep: Axis
+    expert_group: dist.ProcessGroup
     loss_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
@@ -208,6 +213,7 @@ def lay_out_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
     """Makes the groups of a layout over the ranks that have joined. Every rank calls it."""
     groups = {axes: make_groups(layout.groups_along(axes), rank, "_".join(axes)) for axes in GROUPS}
     tp, cp, pp = (axis_of_group(groups[axis,]) for axis in ("tp", "cp", "pp"))
+    ep, expert_group = expert_parallel(layout, rank, groups["dp", "cp"])
     return Mesh(
         layout=layout,
         rank=rank,
@@ -217,6 +223,8 @@ def lay_out_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
         pp=pp,
         ends=pipeline_ends(layout, rank),
         zero_group=groups["dp", "cp"],
+        ep=ep,
+        expert_group=expert_group,
         loss_group=groups["pp", "dp", "cp"],
         model_group=groups["pp", "tp"],
         world_group=dist.group.WORLD,
@@ -247,3 +255,22 @@ def pipeline_ends(layout: Layout, rank: int) -> Axis:
         return ALONE
     group = make_groups([[ranks[0], ranks[-1]] for ranks in layout.groups_along(("pp",))], rank, "ends")
     return ALONE if group is None else axis_of_group(group)
+
+
+def expert_parallel(
+    layout: Layout, rank: int, zero_group: dist.ProcessGroup
+) -> tuple[Axis, dist.ProcessGroup]:
+    """The ranks that share out the experts, as an axis, and those that hold the same ones. Every rank calls it.
+
+    Raises:
+        LaunchError: the replicas can't be dealt out in groups of ep, which `megascale check` would have said.
+    """
+    if layout.ep == 1:
+        return ALONE, zero_group
+    if layout.dp * layout.cp % layout.ep:
+        raise LaunchError(
+            f"ep {layout.ep} does not divide dp {layout.dp} x cp {layout.cp} = {layout.dp * layout.cp} ranks; run"
+            " `megascale check` for the nearest legal layouts"
+        )
+    ep = axis_of_group(make_groups(layout.expert_groups(), rank, "ep"))
+    return ep, make_groups(layout.expert_replica_groups(), rank, "expert_replicas")

@@ -19,6 +19,8 @@ class Placement:
         partial_over: the axis whose ranks each have only a part of this parameter's gradient, to be summed: tp for
             what works on sequence shards, the pipeline's two ends for a tied embedding. Of size 1: the gradient is
             whole.
+        is_expert: whether expert parallelism cuts it: then the ranks that hold the same part are those of
+            `Mesh.expert_group`, else those of `Mesh.zero_group`.
     """
 
     name: str
@@ -26,3 +28,4 @@ class Placement:
     box: Box
     is_counted: bool = True
     partial_over: Axis = ALONE
+    is_expert: bool = False

@@ -34,7 +34,9 @@ def evaluate(run: Run, step: int, max_rows: int | None) -> EvalRecord | None:
         sums += own
     sums = run.mesh.control_sum(sums, dtype=torch.float64)
     losses, tokens = sums[::2], [int(number) for number in sums[1::2]]
-    sizes = [corpus.manifest.text_bytes if max_rows is None or max_rows >= corpus.num_rows else None
+    # Only where every token is a label does a loss say how well the text could be compressed.
+    is_whole = run.config.objective_kind == "causal"
+    sizes = [corpus.manifest.text_bytes if is_whole and (max_rows is None or max_rows >= corpus.num_rows) else None
              for corpus in run.validation]
     each = {
         corpus.name: CorpusEval(loss / count, count, derive_bits_per_byte(loss / count, count, size))

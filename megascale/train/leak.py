@@ -258,7 +258,7 @@ def leak_place(leak: Leak) -> tuple[int, int, int]:
 def describe_where(config: RunConfig, mesh: Mesh) -> str:
     """Kernel, number format and layout, in a few words."""
     parallel, layout = config.parallel, mesh.layout
-    words = [f"{axis}{size}" for axis in AXES if (size := getattr(layout, axis)) > 1] or ["one rank"]
+    words = [f"{axis}{size}" for axis in (*AXES, "ep") if (size := getattr(layout, axis)) > 1] or ["one rank"]
     words += [f"zero{parallel.zero_stage}"] if layout.dp * layout.cp > 1 else []
     words += ["sequence parallel"] if parallel.is_sequence_parallel else []
     words += [parallel.schedule] if layout.pp > 1 else []

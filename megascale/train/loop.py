@@ -24,7 +24,7 @@ from megascale.errors import (
     StopRequested,
 )
 from megascale.observe.console import say
-from megascale.observe.metrics import TrainRecord
+from megascale.observe.metrics import EvalRecord, TrainRecord
 from megascale.observe.run_files import SKIPS_FILE, SkippedRows, append_skips
 from megascale.optim.schedules import learning_rate
 from megascale.parallel.heartbeat import Phase
@@ -190,9 +190,23 @@ def evaluate_when_due(run: Run, state: RunState) -> RunState:
     record = evaluate(run, state.step, None if is_last else run.config.evaluate.max_rows)
     if record is None:
         return state
+    if run.config.optimizer.validate_ema:
+        average = evaluate_average(run, state.step, None if is_last else run.config.evaluate.max_rows)
+        if average is None:
+            return state
+        record = replace(record, ema_loss=average.loss)
     run.logger.log_eval(record)
     loss = record.loss if math.isfinite(record.loss) else None
     return replace(state, evaluated_step=state.step, validation_loss=loss)
+
+
+def evaluate_average(run: Run, step: int, max_rows: int | None) -> EvalRecord | None:
+    """As `evaluate`, of the averaged weights; afterwards the weights are what they were."""
+    run.engine.swap_average()
+    try:
+        return evaluate(run, step, max_rows)
+    finally:
+        run.engine.swap_average()
 
 
 def save(run: Run, state: RunState, *, is_last: bool) -> None:
@@ -313,4 +327,5 @@ def log_step(run: Run, state: RunState, output: StepOutput) -> None:
         is_skipped=output.is_skipped,
         unix_s=time.time(),
         ledger={name: counts.tokens for name, counts in state.ledger.items()},
+        figures=run.engine.figures(),
     ))

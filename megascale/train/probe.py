@@ -12,6 +12,7 @@ from megascale.checkpoint.find import VerifiedCheckpoint
 from megascale.checkpoint.index import ProbeRecord, ProbeRow
 from megascale.config.dump import flat_values
 from megascale.data.batch import Batch
+from megascale.data.images import plain
 from megascale.data.loader import VALIDATION_KEY, build_batch
 from megascale.data.objectives import RowObjective
 from megascale.data.permutation import derive_key
@@ -59,7 +60,7 @@ def build_probe(rows: tuple[ProbeRow, ...], objective: RowObjective, micro_rows:
         numbers = np.arange(first, first + micro_rows)
         numbers[numbers >= len(rows)] = -1
         read = [as_row(rows[number]) if number >= 0 else None for number in numbers.tolist()]
-        arrays = objective.assemble(read, derive_key(VALIDATION_KEY, numbers))
+        arrays = plain(objective).assemble(read, derive_key(VALIDATION_KEY, numbers))
         batches.append(build_batch(arrays, numbers, slice(None)))
     return Probe(rows, batches)
 

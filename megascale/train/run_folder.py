@@ -13,6 +13,7 @@ from megascale.checkpoint.lease import RunLease
 from megascale.checkpoint.records import to_json
 from megascale.checkpoint.run_file import RUN_FILE, SAVED_FILE, RunFile, read_run_file
 from megascale.config.dump import to_yaml
+from megascale.data.manifest import Manifest
 from megascale.errors import CheckpointError
 from megascale.observe.run_files import (
     BASELINES_FILE,
@@ -76,10 +77,17 @@ def read_git_commit() -> str | None:
     return shown.stdout.strip() or None
 
 
-def describe_run_folder(folder: Path, record: RunRecord, tokenizer: bytes) -> None:
-    """Puts the resolved config and the tokenizer beside the checkpoints, so that the folder explains itself."""
+def describe_run_folder(folder: Path, record: RunRecord, tokenizer: bytes, file: str = TOKENIZER_FILE) -> None:
+    """Puts the resolved config and the tokenizer, or the names of classes, beside the checkpoints, so that the folder
+    explains itself.
+    """
     write_atomically(folder / CONFIG_FILE, to_yaml(record.config).encode())
-    write_atomically(folder / TOKENIZER_FILE, tokenizer)
+    write_atomically(folder / file, tokenizer)
+
+
+def file_of_tokenizer(manifest: Manifest) -> str:
+    """The name in the run folder of what `Manifest.tokenizer_place` names."""
+    return manifest.index.tokenizer_file if manifest.holds_images else TOKENIZER_FILE
 
 
 def _take(folder: Path, eos_id: int, url: str | None, is_fresh: bool) -> RunLease:

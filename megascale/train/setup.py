@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from megascale.checkpoint.store import Store
 from megascale.config.derive import Derived, derive, describe
 from megascale.config.dump import config_fingerprint, resolved_values
 from megascale.config.schema import RunConfig
+from megascale.config.target import target_len
 from megascale.data.loader import Loader
 from megascale.data.manifest import read_tokenizer
 from megascale.data.plan import describe_plan
@@ -38,12 +39,11 @@ from megascale.observe.peaks import peak_bf16_flops
 from megascale.observe.run_files import Session, append_session
 from megascale.observe.throughput import StepTimer
 from megascale.parallel.heartbeat import Heartbeat, Phase
-from megascale.parallel.layout import AXES
 from megascale.parallel.mesh import Mesh, RankInfo, build_mesh
 from megascale.train.build import build_run_engine, layout_of
 from megascale.train.origin import Origin, find_origin
 from megascale.train.probe import Probe, check_probe, read_probe
-from megascale.train.run_folder import claim_run_folder, describe_run_folder, read_git_commit
+from megascale.train.run_folder import claim_run_folder, describe_run_folder, file_of_tokenizer, read_git_commit
 from megascale.train.signals import StopRequest
 from megascale.train.start_options import StartOptions
 
@@ -126,7 +126,8 @@ def set_up(
     origin = find_origin(store, record, derived.batches, mesh, fork, options.allowed)
     record, checkpoint = replace(record, lineage=origin.lineage), origin.checkpoint
     access = access_of(config.data)
-    run_on_rank_zero(mesh, lambda: describe_run_folder(folder, record, read_tokenizer(manifest, access)))
+    run_on_rank_zero(mesh, lambda: describe_run_folder(
+        folder, record, read_tokenizer(manifest, access), file_of_tokenizer(manifest)))
 
     engine = build_run_engine(config, mesh)
     start = _load_state(origin, engine, mesh)
@@ -209,7 +210,8 @@ def _build_observers(
     device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
     peak = config.observe.peak_flops_per_device or peak_bf16_flops(device_name)
     timer = StepTimer(
-        train_flops_per_token(config.model, config.train.seq_len), peak * derived.world_size if peak else None
+        train_flops_per_token(config.model, config.train.seq_len, target_len(config)),
+        peak * derived.world_size if peak else None
     )
     if mesh.rank:
         return Logger(), timer
@@ -224,7 +226,7 @@ def _build_observers(
         unix_s=time.time(),
         resumed_step=start.step,
         world_size=derived.world_size,
-        layout={axis: getattr(mesh.layout, axis) for axis in AXES} | {"zero_stage": config.parallel.zero_stage},
+        layout=asdict(mesh.layout) | {"zero_stage": config.parallel.zero_stage},
         versions={package: version for package, version in code.items() if package != "git_commit"},
         git_commit=code.get("git_commit"),
         news=describe_turn(origin.news) if origin.news else "",

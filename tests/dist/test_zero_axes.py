@@ -75,6 +75,11 @@ def test_given_gradients_over_a_pipeline(tmp_path):
         {"pp": 2, "cp": 2, "zero_stage": 1, "offload": True}, {"tp": 2, "zero_stage": 0},
         {"pp": 2, "zero_stage": 1, "bad": [3, "embed"]}, {"pp": 2, "zero_stage": 0, "bad": [2, "last.down"]},
         {"pp": 2, "tp": 2, "zero_stage": 1, "bad": [1, "first.bias"]},
+        {"ep": 2, "zero_stage": 0}, {"ep": 2, "zero_stage": 1}, {"ep": 4, "zero_stage": 0}, {"ep": 4, "zero_stage": 1},
+        {"ep": 2, "tp": 2, "zero_stage": 0}, {"ep": 2, "tp": 2, "zero_stage": 1},
+        {"ep": 2, "pp": 2, "zero_stage": 0}, {"ep": 2, "pp": 2, "zero_stage": 1},
+        {"ep": 2, "cp": 2, "zero_stage": 1, "offload": True}, {"ep": 2, "cp": 2, "zero_stage": 0},
+        {"ep": 2, "zero_stage": 1, "bad": [3, "first.experts"]}, {"ep": 4, "zero_stage": 0, "bad": [2, "embed"]},
     ]
     for result in run_cases(GIVEN, cases, tmp_path):
         assert result["norm_gap"] <= FP32_TOLERANCE, result

@@ -60,6 +60,6 @@ def random_weights(model_config) -> dict[str, torch.Tensor]:
     weights = {}
     for name, parameter in build_model(model_config, seed=1).named_parameters():
         weights[name] = parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
-        if name in ("embedding.tokens.weight", "head.weight"):
+        if name in ("embedding.tokens.weight", "head.weight", "head.bias"):
             weights[name][model_config.vocab_size :] = 0
     return weights

@@ -10,13 +10,28 @@ ADAM_EPS = 1e-5
 """With 1e-8 AdamW makes a full-size step of a gradient that is nothing but rounding, as that of key biases is: a plain
 fp32 loop then is 1.8e-6 from the same loop in fp64, on gpt2 with documents, and no layout could be nearer."""
 
+EXPERTS = {"num_experts": 4, "top_k": 2, "d_expert": 24, "num_shared_experts": 1, "num_dense_layers": 1,
+           "balance_weight": 0.02, "z_weight": 0.002}
+"""The first block is dense, so that a pipeline stage may have no experts."""
 MODELS = {
     "llama": {"family": "llama", "num_layers": 4, "num_kv_heads": 2, "d_ff": 48},
     "llama_one_kv_head": {"family": "llama", "num_layers": 2, "num_kv_heads": 1, "d_ff": 48},
     "llama_uneven": {"family": "llama", "num_layers": 5, "num_kv_heads": 2, "d_ff": 48},
     "llama_window": {"family": "llama", "num_layers": 2, "num_kv_heads": 2, "d_ff": 48, "window": 5},
+    "llama_features": {
+        "family": "llama", "num_layers": 2, "num_kv_heads": 2, "d_ff": 48, "head_width": 12, "qk_norm": True,
+        "attention_softcap": 1.0, "logit_softcap": 2.0, "window": 5, "global_every": 2,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 8},
+    },
+    "palm": {"family": "palm", "num_layers": 2, "num_kv_heads": 1, "d_ff": 48},
+    "palm_dropout": {"family": "palm", "num_layers": 4, "num_kv_heads": 1, "d_ff": 48, "dropout": 0.2},
     "gpt2": {"family": "gpt2", "num_layers": 4},
     "gpt2_dropout": {"family": "gpt2", "num_layers": 2, "dropout": 0.2},
+    "bert": {"family": "bert", "num_layers": 2, "norm_eps": 1e-12},
+    "bert_pairs": {"family": "bert", "num_layers": 2, "norm_eps": 1e-12, "dropout": 0.2, "pair_head": True},
+    "moe": {"family": "moe", "num_layers": 3, "num_kv_heads": 2, "d_ff": 48, "moe": EXPERTS},
+    "moe_capacity": {"family": "moe", "num_layers": 2, "num_kv_heads": 2, "d_ff": 48,
+                     "moe": EXPERTS | {"capacity_factor": 1.0, "num_dense_layers": 0}},
 }
 """All with d_model 32, 4 heads and 61 ids padded to 64; gpt2 has tied embeddings, biases and learned positions."""
 ROW_BY_ROW = {"micro_batch_size": 1}
@@ -64,6 +79,26 @@ def _pipelines() -> list[LayoutCase]:
     return [
         LayoutCase(f"pp2_dp2_{schedule}", 4, {"pp": 2, "schedule": schedule}, "gpt2", train=ROW_BY_ROW)
         for schedule in schedules
+    ]
+
+
+def _expert_parallel() -> list[LayoutCase]:
+    """Experts over dp, over cp and over both, beside every other axis."""
+    return [
+        LayoutCase("ep2", 2, {"ep": 2}, "moe"),
+        LayoutCase("dp4_experts", 4, {}, "moe"),
+        LayoutCase("ep4", 4, {"ep": 4}, "moe"),
+        LayoutCase("ep2_dp4", 4, {"ep": 2}, "moe"),
+        LayoutCase("ep2_dp4_zero0", 4, {"ep": 2, "zero_stage": 0}, "moe", train=ROW_BY_ROW),
+        LayoutCase("ep4_capacity", 4, {"ep": 4}, "moe_capacity"),
+        LayoutCase("ep2_tp2", 4, {"ep": 2, "tp": 2}, "moe"),
+        LayoutCase("ep2_tp2_without_sequence_shards", 4, {"ep": 2, "tp": 2, "sequence_parallel": False}, "moe"),
+        LayoutCase("ep2_pp2", 4, {"ep": 2, "pp": 2, "stage_layers": [1, 2]}, "moe"),
+        LayoutCase("ep2_cp2", 4, {"ep": 2, "cp": 2}, "moe"),
+        LayoutCase("ep4_cp2", 4, {"ep": 4, "cp": 2}, "moe"),
+        LayoutCase("ep2_cp2_tp2", 4, {"ep": 2, "cp": 2, "tp": 2, "zero_stage": 0}, "moe"),
+        LayoutCase("ep2_recompute_full", 4, {"ep": 2}, "moe", train={"recompute": "full"}),
+        LayoutCase("ep2_recompute_selective", 4, {"ep": 2}, "moe", train={"recompute": "selective"}),
     ]
 
 
@@ -116,6 +151,7 @@ CASES = {case.name: case for case in [
                train=ROW_BY_ROW),
     LayoutCase("tp2_cp2_pp2", 8, {"tp": 2, "cp": 2, "pp": 2}, "gpt2"),
     LayoutCase("tp2_cp2_dp2_zero3", 8, {"tp": 2, "cp": 2, "zero_stage": 3}),
+    *_expert_parallel(),
     LayoutCase("tp2_compiled", 2, {"tp": 2}, "llama_one_kv_head", train=COMPILED),
     LayoutCase("tp2_compiled_zero3", 2, {"tp": 2, "zero_stage": 3}, train=COMPILED),
     LayoutCase("pp2_compiled", 2, {"pp": 2}, "gpt2_dropout", train=COMPILED),
@@ -124,6 +160,26 @@ CASES = {case.name: case for case in [
     LayoutCase("tp2_compiled_recompute", 2, {"tp": 2}, train=COMPILED | {"recompute": "full"}),
 ]}
 """Every case by name; `make parity` runs them all, CI the representative ones."""
+
+
+WITHOUT_SEQUENCE_SHARDS = {"tp": 2, "sequence_parallel": False}
+CASES |= {case.name: case for model in ("llama_features", "palm") for case in [
+    LayoutCase(f"{model}_tp2", 2, {"tp": 2}, model),
+    LayoutCase(f"{model}_tp2_without_sequence_shards", 2, WITHOUT_SEQUENCE_SHARDS, model),
+    LayoutCase(f"{model}_pp2", 2, {"pp": 2}, model),
+    LayoutCase(f"{model}_cp2_ring", 2, {"cp": 2}, model),
+    LayoutCase(f"{model}_cp2_ulysses", 2, {"cp": 2, "context_attention": "ulysses"}, model),
+    LayoutCase(f"{model}_tp2_dp2_zero2", 4, {"tp": 2, "zero_stage": 2}, model),
+    LayoutCase(f"{model}_tp2_dp2_zero3", 4, {"tp": 2, "zero_stage": 3}, model),
+    LayoutCase(f"{model}_tp4", 4, {"tp": 4}, model),
+    LayoutCase(f"{model}_tp2_pp2_dp2", 8, {"tp": 2, "pp": 2}, model),
+]}
+CASES |= {case.name: case for case in [
+    LayoutCase("palm_tp2_recompute_selective", 2, {"tp": 2}, "palm_dropout", train={"recompute": "selective"}),
+    LayoutCase("palm_pp2_zero_bubble_recompute", 2, {"pp": 2, "schedule": "zero_bubble"}, "palm_dropout",
+               train={"recompute": "full"}),
+]}
+"""LLaMA with all that may be added to it, and PaLM's blocks in one piece."""
 
 
 def _in_half_precision(dtype: str) -> list[LayoutCase]:

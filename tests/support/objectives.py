@@ -35,7 +35,7 @@ class Masked:
         """Hides tokens of each row."""
         shape = len(rows), self.seq_len
         arrays = Arrays(np.full(shape, self.pad_id), np.full(shape, IGNORED_LABEL), np.zeros(shape, np.int32))
-        for tokens_T, labels_T, documents_T, row, key in zip(*arrays, rows, keys_B.tolist(), strict=True):
+        for tokens_T, labels_T, documents_T, row, key in zip(*arrays[:3], rows, keys_B.tolist(), strict=True):
             if row is None:
                 continue
             size = len(row.tokens)
@@ -64,7 +64,7 @@ class SpanCorruption:
         """Moves spans of each row behind its text."""
         shape = len(rows), self.seq_len
         arrays = Arrays(np.full(shape, self.pad_id), np.full(shape, IGNORED_LABEL), np.zeros(shape, np.int32))
-        for tokens_T, labels_T, documents_T, row, key in zip(*arrays, rows, keys_B.tolist(), strict=True):
+        for tokens_T, labels_T, documents_T, row, key in zip(*arrays[:3], rows, keys_B.tolist(), strict=True):
             if row is None:
                 continue
             text, targets = self.split(row.tokens.tolist(), key)

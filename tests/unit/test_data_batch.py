@@ -16,7 +16,7 @@ from megascale.model.attention_mask import dense_mask
 def assemble(many_lengths, seq_len):
     rows = [Row(np.ones(sum(ls), np.uint16), np.cumsum(ls).tolist(), sum(ls)) if ls else None for ls in many_lengths]
     arrays = Causal(seq_len, 0, label_document_starts=True).assemble(rows, np.zeros(len(rows), np.uint64))
-    return Batch(*map(torch.from_numpy, arrays), torch.arange(len(rows)))
+    return Batch(*map(torch.from_numpy, arrays[:3]), torch.arange(len(rows)))
 
 
 @settings(max_examples=40, deadline=None)

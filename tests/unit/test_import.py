@@ -307,9 +307,10 @@ def test_a_checkpoint_of_several_files(tmp_path, corpus, monkeypatch):
 
 def test_parameters_are_divided_in_order():
     shapes = {"a": (10,), "b": (2, 2), "c": (1,), "d": (30,)}
-    assert divide(shapes, 120) == [["a"], ["b", "c", "d"]]
-    assert divide(shapes, 1) == [["a"], ["b"], ["c"], ["d"]]
-    assert divide(shapes, 1 << 30) == [["a", "b", "c", "d"]]
+    states = {name: dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), shape) for name, shape in shapes.items()}
+    assert divide(states, 120) == [["a"], ["b", "c", "d"]]
+    assert divide(states, 1) == [["a"], ["b"], ["c"], ["d"]]
+    assert divide(states, 1 << 30) == [["a", "b", "c", "d"]]
 
 
 def test_a_full_disk_leaves_no_run(tmp_path, corpus, monkeypatch):

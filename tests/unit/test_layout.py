@@ -1,6 +1,8 @@
 """Rank arithmetic."""
 
 import doctest
+from dataclasses import replace
+from math import gcd
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +30,26 @@ def test_groups_along_axes_hold_each_rank_once_and_differ_on_those_axes_only(lay
         fixed = [tuple(at for axis, at in layout.coordinates(rank).items() if axis not in axes) for rank in group]
         assert len(set(fixed)) == 1
         assert group == sorted(group)
+
+
+@given(layouts, st.integers(1, 16))
+@settings(deadline=None, max_examples=50)
+def test_experts_are_shared_out_among_neighbours_and_every_group_meets_every_other_once(layout, ep):
+    ep = gcd(ep, layout.dp * layout.cp)
+    layout = replace(layout, ep=ep)
+    replicas = layout.groups_along(("dp", "cp"))
+    sharing, same = layout.expert_groups(), layout.expert_replica_groups()
+    for groups, size in ((sharing, ep), (same, layout.dp * layout.cp // ep)):
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+        assert {len(group) for group in groups} == {size}
+        assert all(any(set(group) <= set(ranks) for ranks in replicas) for group in groups)
+    for ranks in replicas:
+        for first in range(0, len(ranks), ep):
+            assert ranks[first : first + ep] in sharing
+    for group in sharing:
+        meeting = [other for other in same if set(other) & set(group)]
+        assert len(meeting) == ep
+        assert all(len(set(other) & set(group)) == 1 for other in meeting)
 
 
 def test_tensor_parallel_ranks_are_neighbours():

@@ -6,15 +6,30 @@ import torch
 from megascale.config.model import ModelConfig
 from megascale.model.context import build_context
 from megascale.model.init import initial_value
+from megascale.model.matrices import split_fused
 from megascale.model.seeds import derive_seed
 from megascale.model.sharding import RULES, is_decayed, rule_of
-from megascale.model.transformer import build_model
+from megascale.model.transformer import build_model, parameter_shapes
 
 SHAPE = {"d_model": 128, "num_heads": 4, "vocab_size": 100, "max_seq_len": 16}
 MODELS = {
     "gpt2": build_model(ModelConfig(family="gpt2", num_layers=3, **SHAPE), seed=1),
     "llama": build_model(ModelConfig(family="llama", num_layers=3, bias=True, num_kv_heads=2, **SHAPE), seed=1),
 }
+
+
+VISION = {"image_size": 8, "patch_size": 4, "channels": 3}
+VARIANTS = [
+    ("gpt2", {}), ("llama", {"qk_norm": True, "bias": True}), ("bert", {"pair_head": True}), ("t5", {}),
+    ("transformer", {}), ("vit", {"vision": VISION}), ("vit", {"vision": VISION | {"mae_decoder_layers": 1}}),
+    ("moe", {"moe": {"num_experts": 4, "num_shared_experts": 1}}),
+    ("moe", {"activation": "relu", "moe": {"num_experts": 4, "num_shared_experts": 1}}),
+]
+"""Models that between them have every kind of parameter."""
+
+
+def config_of(family: str, settings: dict) -> ModelConfig:
+    return ModelConfig.model_validate({"family": family, "num_layers": 3, **SHAPE, **settings})
 
 
 def test_a_parameter_depends_on_seed_and_name_alone():
@@ -79,12 +94,48 @@ def test_table_knows_every_parameter(family):
 
 
 def test_no_rule_is_idle_and_no_name_is_guessed():
-    used = {rule_of(name) for model in MODELS.values() for name, _ in model.named_parameters()}
-    untied = build_model(ModelConfig(family="llama", num_layers=1, **SHAPE), seed=1)
-    used |= {rule_of(name) for name, _ in untied.named_parameters()}
+    used = {rule_of(name) for variant in VARIANTS for name in parameter_shapes(config_of(*variant))}
     assert used == set(RULES)
     with pytest.raises(KeyError, match=r"sharding\.py"):
-        rule_of("blocks.0.router.weight")
+        rule_of("blocks.0.guess.weight")
+
+
+@pytest.mark.parametrize(("family", "settings", "name", "distribution", "stds"), [
+    ("palm", {}, "embedding.tokens.weight", "normal", [1.0]),
+    ("palm", {"num_kv_heads": 1}, "blocks.0.attention.qkv.weight", "normal", [128**-0.5] * 3),
+    ("palm", {"d_ff": 512}, "blocks.1.feed_forward.output.weight", "normal", [512**-0.5]),
+    ("bert", {}, "blocks.0.feed_forward.output.weight", "truncated", [0.02]),
+    ("bert", {}, "embedding.positions.weight", "truncated", [0.02]),
+    ("t5", {}, "embedding.tokens.weight", "normal", [1.0]),
+    ("t5", {}, "encoder.blocks.0.attention.qkv.weight", "normal", [(128 * 32) ** -0.5, 128**-0.5, 128**-0.5]),
+    ("t5", {}, "decoder.blocks.1.cross_attention.query.weight", "normal", [(128 * 32) ** -0.5]),
+    ("t5", {}, "decoder.blocks.1.cross_attention.key_value.weight", "normal", [128**-0.5] * 2),
+    ("t5", {}, "encoder.blocks.0.feed_forward.output.weight", "normal", [512**-0.5]),
+    ("t5", {"relative_buckets": 512}, "encoder.relative_bias.weight", "normal", [128**-0.5]),
+    ("transformer", {}, "embedding.tokens.weight", "normal", [128**-0.5]),
+    ("transformer", {}, "encoder.blocks.0.attention.qkv.weight", "uniform", [128**-0.5] * 3),
+    ("transformer", {}, "decoder.blocks.0.feed_forward.up.weight", "uniform", [(2 / 640) ** 0.5]),
+    ("vit", {"vision": VISION}, "blocks.0.feed_forward.up.weight", "uniform", [(2 / 640) ** 0.5]),
+    ("vit", {"vision": VISION}, "embedding.patches.weight", "truncated", [48**-0.5]),
+    ("vit", {"vision": VISION}, "head.weight", "truncated", [0.02]),
+    ("moe", {"moe": {"num_experts": 4}, "init_scale": 0.1}, "blocks.0.feed_forward.experts.gate_up.weight", "truncated",
+     [(0.1 / 128) ** 0.5]),
+    ("llama", {"mup_base_width": 32}, "blocks.0.attention.qkv.weight", "normal", [0.01] * 3),
+    ("llama", {"mup_base_width": 32}, "blocks.0.feed_forward.output.weight", "normal", [0.01 / 6**0.5]),
+    ("llama", {"mup_base_width": 32}, "head.weight", "normal", [0.02]),
+])
+def test_scales_of_families(family, settings, name, distribution, stds):
+    """As the papers have them; queries, keys and values each, and tails that tell the distribution."""
+    config = config_of(family, settings)
+    value = initial_value(name, parameter_shapes(config)[name], config, seed=1)
+    if name in ("embedding.tokens.weight", "head.weight"):
+        assert not value[100:].any()
+        value = value[:100]
+    for part, std in zip(split_fused(name, value, config), stds, strict=True):
+        assert part.std().item() == pytest.approx(std, rel=0.06)
+        assert abs(part.mean().item()) < 4 * std / part.numel() ** 0.5
+        most = {"normal": (2.4, 7.0), "truncated": (1.95, 2.28), "uniform": (1.65, 1.74)}[distribution]
+        assert most[0] < part.abs().max().item() / std < most[1]
 
 
 @pytest.mark.parametrize("kind", ["qkv", "gate_up"])

@@ -145,18 +145,18 @@ def test_the_sketch_tells_the_size_of_a_difference():
 
 
 def test_a_layout_is_read():
-    choice = parse_layout("tp2,pp2,dp3,zero0,schedule=interleaved_1f1b,stage_layers=[1,3],micro_batch_size=1")
+    choice = parse_layout("tp2,pp2,dp3,ep3,zero0,schedule=interleaved_1f1b,stage_layers=[1,3],micro_batch_size=1")
     assert choice.ranks == 12
     assert choice.overrides == (
-        "parallel.pp=2", "parallel.cp=1", "parallel.tp=2", "parallel.zero_stage=0",
+        "parallel.pp=2", "parallel.cp=1", "parallel.tp=2", "parallel.ep=3", "parallel.zero_stage=0",
         "parallel.schedule=interleaved_1f1b", "parallel.stage_layers=[1,3]", "train.micro_batch_size=1",
     )
-    assert parse_layout("dp1").overrides == ("parallel.pp=1", "parallel.cp=1", "parallel.tp=1")
+    assert parse_layout("dp1").overrides == ("parallel.pp=1", "parallel.cp=1", "parallel.tp=1", "parallel.ep=1")
 
 
 @pytest.mark.parametrize(("text", "said"), [
     ("tp2,tp4", "`tp` stands twice"),
-    ("ep2", "`ep2` is neither an axis with its size (pp, dp, cp, tp)"),
+    ("up2", "`up2` is neither an axis with its size (pp, dp, cp, tp, ep)"),
     ("tp", "`tp` is neither an axis"),
     ("tp=2", "write `tp` with its number"),
     ("tp2,zero_stage=1", "write `zero` with its number"),

@@ -16,7 +16,7 @@ from megascale.config.resume_rules import (
 from megascale.errors import ConfigError
 from tests.support.tiny_run import write_blend
 
-WHOLE_SECTIONS = {"parallel", "evaluate", "checkpoint", "observe", "optimizer", "precision", "data.cache", "data.fim",
+WHOLE_SECTIONS = {"parallel", "evaluate", "checkpoint", "observe", "precision", "data.cache", "data.fim",
                   "data.corpora", "model.rope_scaling"}
 """Sections that are of one class by what they are for; every key of the others is named."""
 
@@ -46,7 +46,7 @@ def test_every_key_of_the_schema_has_one_class_and_every_rule_has_a_key():
     [
         ("parallel.tp", ChangeKind.SAFE), ("data.corpora.web.folder", ChangeKind.SAFE),
         ("optimizer.learning_rate", ChangeKind.MATHS), ("run.seed", ChangeKind.MATHS),
-        ("model.num_heads", ChangeKind.FORBIDDEN), ("train.seq_len", ChangeKind.FORBIDDEN),
+        ("optimizer.kind", ChangeKind.FORBIDDEN), ("model.num_heads", ChangeKind.FORBIDDEN), ("train.seq_len", ChangeKind.FORBIDDEN),
         ("data.new_key", ChangeKind.FORBIDDEN), ("train.max_steps2", ChangeKind.FORBIDDEN),
     ],
 )

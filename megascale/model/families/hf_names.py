@@ -6,13 +6,17 @@ padded here. A tied head has no tensor of its own on either side.
 Legend: K kv heads, G query heads per group, C head_dim, D d_model.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 
 from megascale.config.model import ModelConfig
+from megascale.model.families.hf_bert import bert_exchange
+from megascale.model.families.hf_exchange import Exchange, fuse_qkv, split_qkv, transpose_matrix
+from megascale.model.families.hf_mixtral import is_sparse_part, mixtral_exchange
+from megascale.model.families.hf_t5 import t5_exchange
+from megascale.model.families.hf_vit import vit_exchange
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -33,6 +37,8 @@ HF_LAYERS = {
         "embedding.tokens": "model.embed_tokens",
         "attention_norm": "model.layers.{block}.input_layernorm",
         "attention.qkv": "model.layers.{block}.self_attn.{part}_proj",
+        "attention.q_norm": "model.layers.{block}.self_attn.q_norm",
+        "attention.k_norm": "model.layers.{block}.self_attn.k_norm",
         "attention.output": "model.layers.{block}.self_attn.o_proj",
         "feed_forward_norm": "model.layers.{block}.post_attention_layernorm",
         "feed_forward.gate_up": "model.layers.{block}.mlp.{part}_proj",
@@ -43,14 +49,6 @@ HF_LAYERS = {
 }
 """Family -> our layer (without `blocks.N.`) -> theirs; `{part}` where their layer is several."""
 HF_PARTS = {"attention.qkv": ("q", "k", "v"), "feed_forward.gate_up": ("gate", "up")}
-
-
-class Exchange(NamedTuple):
-    """How one of our tensors becomes one or more of theirs, and back."""
-
-    hf_names: tuple[str, ...]
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-    fuse: Callable[..., torch.Tensor]
 
 
 def to_hf(config: ModelConfig, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -77,11 +75,20 @@ def from_hf(config: ModelConfig, names: Iterable[str], hf_tensors: Tensors) -> d
 
 def exchange_of(config: ModelConfig, name: str) -> Exchange:
     """How the parameter with this global name is exchanged."""
+    if config.family == "bert":
+        return bert_exchange(config, name)
+    if config.family == "vit":
+        return vit_exchange(config, name)
+    if config.family == "t5":
+        return t5_exchange(config, name)
+    if is_sparse_part(name):
+        return mixtral_exchange(config, name)
+    family = "llama" if config.family == "moe" else config.family
     layer, _, kind = name.rpartition(".")
     block = ""
     if layer.startswith("blocks."):
         _, block, layer = layer.split(".", 2)
-    hf_layer = HF_LAYERS[config.family][layer]
+    hf_layer = HF_LAYERS[family][layer]
     parts = HF_PARTS.get(layer, ("",)) if "{part}" in hf_layer else ("",)
     hf_names = tuple(f"{hf_layer.format(block=block, part=part)}.{kind}" for part in parts)
     if layer in ("embedding.tokens", "head"):
@@ -89,7 +96,7 @@ def exchange_of(config: ModelConfig, name: str) -> Exchange:
         return Exchange(hf_names, lambda t: (t[: config.vocab_size],), lambda t: F.pad(t, (0, 0, 0, num_padding)))
     if layer == "feed_forward.gate_up":
         return Exchange(hf_names, lambda t: t.unbind(0), lambda *halves: torch.stack(halves))
-    if config.family == "llama":
+    if family == "llama":
         if layer == "attention.qkv":
             return Exchange(hf_names, lambda t: split_qkv(config, t), lambda *qkv: fuse_qkv(config, *qkv))
         return Exchange(hf_names, lambda t: (t,), lambda t: t)
@@ -102,21 +109,3 @@ def exchange_of(config: ModelConfig, name: str) -> Exchange:
     if layer == "embedding.positions":
         return Exchange(hf_names, lambda t: (t,), lambda t: t)
     return Exchange(hf_names, lambda t: (transpose_matrix(t),), transpose_matrix)
-
-
-def transpose_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """The transpose of a matrix; a vector as it is."""
-    return tensor.T if tensor.dim() == 2 else tensor
-
-
-def split_qkv(config: ModelConfig, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values of a fused weight (K (G + 2) C, D) or bias, each with its heads in order."""
-    group_size = config.num_heads // config.kv_heads
-    grouped = fused.unflatten(0, (config.kv_heads, group_size + 2, config.head_dim))
-    return tuple(part.flatten(0, 2) for part in grouped.split((group_size, 1, 1), dim=1))
-
-
-def fuse_qkv(config: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The inverse of `split_qkv`."""
-    grouped = [part.unflatten(0, (config.kv_heads, -1, config.head_dim)) for part in (q, k, v)]
-    return torch.cat(grouped, dim=1).flatten(0, 2)

@@ -1,11 +1,11 @@
 """Runs one rank of the flat optimizer's test: gradients are given, so that every axis can be tested without a model.
 
-Arguments: a JSON list of cases {pp, tp, cp, zero_stage, offload, bad: [rank, parameter] or nothing}. Rank 0 prints one
-JSON result a case.
+Arguments: a JSON list of cases {pp, tp, cp, ep, zero_stage, offload, bad: [rank, parameter] or nothing}. Rank 0 prints
+one JSON result a case.
 
 Each rank writes its share of known whole gradients where backward passes would, and the update must be plain AdamW's
-on the whole ones. The first and the last pipeline rank both hold `embed`; the last holds no undecayed parameter, so
-that one of its groups is empty.
+on the whole ones. The first and the last pipeline rank both hold `embed`; the last holds no undecayed parameter and no
+expert, so that some of its groups are empty. ep cuts the experts, which hold odd numbers, so that parts are padded.
 """
 
 import io
@@ -23,6 +23,7 @@ from megascale.engine.build import connect_deepspeed
 from megascale.engine.flat_zero import FlatZeroOptimizer
 from megascale.engine.fragments import linked_pieces
 from megascale.engine.micro_batches import gather_faults
+from megascale.engine.replicas import divide_groups, norm_group
 from megascale.parallel.axis import Axis
 from megascale.parallel.boxes import Box
 from megascale.parallel.layout import Layout
@@ -30,8 +31,10 @@ from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, 
 from megascale.parallel.placement import Placement
 
 STEPS, CLIP, BAD_STEP = 6, 0.5, 2
-SHAPES = {"embed": (12, 3), "first.up": (8, 5), "first.norm": (7,), "first.bias": (3,), "last.down": (5, 8)}
-TP_DIM = {"embed": 0, "first.up": 0, "last.down": 1}
+SHAPES = {"embed": (12, 3), "first.up": (8, 5), "first.norm": (7,), "first.bias": (3,), "last.down": (5, 8),
+          "first.experts": (4, 6, 5)}
+TP_DIM = {"embed": 0, "first.up": 0, "last.down": 1, "first.experts": 1}
+EP_DIM = {"first.experts": 0}
 PARTIAL_OVER_TP = {"first.norm"}
 
 
@@ -62,27 +65,29 @@ def plain_run(skipped: int | None) -> tuple[list[float], dict[str, torch.Tensor]
 
 def own_names(mesh: Mesh) -> list[str]:
     """The last rank lists its copy of `embed` last, as a model lists its head."""
-    first = ["embed", "first.up", "first.norm", "first.bias"] if mesh.pp.rank == 0 else []
+    first = ["embed", "first.up", "first.experts", "first.norm", "first.bias"] if mesh.pp.rank == 0 else []
     last = ["last.down"] if mesh.pp.rank == mesh.pp.size - 1 else []
     return first + last + (["embed"] if last and not first else [])
 
 
 def place(name: str, mesh: Mesh) -> Placement:
     starts, stops = [0] * len(SHAPES[name]), list(SHAPES[name])
-    if name in TP_DIM:
-        size = SHAPES[name][TP_DIM[name]] // mesh.tp.size
-        starts[TP_DIM[name]], stops[TP_DIM[name]] = mesh.tp.rank * size, (mesh.tp.rank + 1) * size
+    for axis, dims in ((mesh.tp, TP_DIM), (mesh.ep, EP_DIM)):
+        if name in dims:
+            size = SHAPES[name][dims[name]] // axis.size
+            starts[dims[name]], stops[dims[name]] = axis.rank * size, (axis.rank + 1) * size
     partial_over = mesh.ends if name == "embed" else mesh.tp if name in PARTIAL_OVER_TP else Axis()
     is_copy = name == "embed" and mesh.ends.rank > 0
     is_counted = not is_copy and (name in TP_DIM or mesh.tp.rank == 0)
-    return Placement(name, SHAPES[name], Box(tuple(starts), tuple(stops)), is_counted, partial_over)
+    is_expert = name in EP_DIM and mesh.ep.size > 1
+    return Placement(name, SHAPES[name], Box(tuple(starts), tuple(stops)), is_counted, partial_over, is_expert)
 
 
 def own_share(gradient: torch.Tensor, placement: Placement, mesh: Mesh) -> torch.Tensor:
     """What this rank's backward passes would leave: shares that differ and add up over replicas and partial axes."""
-    replicas, axis = dist.get_world_size(mesh.zero_group), placement.partial_over
+    group, axis = mesh.expert_group if placement.is_expert else mesh.zero_group, placement.partial_over
     weight = 1.0
-    for size, rank in ((replicas, dist.get_rank(mesh.zero_group)), (axis.size, axis.rank)):
+    for size, rank in ((dist.get_world_size(group), dist.get_rank(group)), (axis.size, axis.rank)):
         weight *= 2 * (rank + 1) / (size * (size + 1))
     return gradient[placement.box.slices] * weight
 
@@ -94,11 +99,11 @@ def run_case(case: dict, mesh: Mesh) -> dict:
         name: nn.Parameter(start[name][placement.box.slices].to(mesh.device)) for name, placement in placed.items()
     }
     placements = {parameters[name]: placement for name, placement in placed.items()}
-    is_partitioned = case["zero_stage"] == 1
+    base, stage = adamw(parameters), case["zero_stage"]
     with redirect_stdout(io.StringIO()):
         optimizer = FlatZeroOptimizer(
-            adamw(parameters), placements, mesh.zero_group, mesh.zero_group if is_partitioned else mesh.self_group,
-            mesh.world_group if is_partitioned else mesh.model_group, CLIP, case.get("offload", False),
+            base, placements, divide_groups(base, placements, mesh, stage), norm_group(mesh, stage), CLIP,
+            case.get("offload", False),
         )
     norms, skipped, faults = [], [], ()
     for step in range(STEPS):
@@ -115,10 +120,7 @@ def run_case(case: dict, mesh: Mesh) -> dict:
             skipped.append(step)
             faults = gather_faults(mesh, True, optimizer.first_nonfinite())
     plain_norms, plain_values = plain_run(BAD_STEP if bad else None)
-    is_split = optimizer.is_partitioned
-    pieces = list(linked_pieces(placements, 0, 1) if is_split else linked_pieces(
-        placements, dist.get_rank(mesh.zero_group), dist.get_world_size(mesh.zero_group)
-    ))
+    pieces = list(linked_pieces(placements, [replicas.share for replicas in optimizer.replicas]))
     gap = max((
         (piece.tensor.cpu() - plain_values[piece.key.split("/")[1]][piece.box.slices].flatten()).abs().max().item()
         for piece in pieces if piece.key.startswith("master/")
@@ -147,7 +149,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for case in json.loads(sys.argv[1]):
         sizes = {axis: case.get(axis, 1) for axis in ("pp", "cp", "tp")}
-        layout = Layout(dp=info.world_size // math.prod(sizes.values()), **sizes)
+        layout = Layout(dp=info.world_size // math.prod(sizes.values()), ep=case.get("ep", 1), **sizes)
         mesh = lay_out_mesh(layout, info.rank, device)
         connect_deepspeed(mesh)
         result = run_case(case, mesh)

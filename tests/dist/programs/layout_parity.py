@@ -36,13 +36,20 @@ Curve = list[tuple[float, float]]
 """(loss, gradient norm) of each step; the last entry is (evaluation loss sum / 100, 1)."""
 
 
-def plain_loss(model: Transformer, rows, has_documents: bool, step: int) -> torch.Tensor:
-    """Sum of the loss over all rows in one forward pass: logits, then torch's own cross-entropy."""
+def plain_loss(
+    model: Transformer, rows, has_documents: bool, step: int, factor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of the loss over all rows in one forward pass: logits, then torch's own cross-entropy.
+
+    Args:
+        factor: of the loss before its backward pass, for layers with a loss of their own.
+    """
     batch = batch_of_rows(rows, range(ROWS))
     keys_B = derive_row_keys(batch.row_numbers_B, SEED, step) if model.config.dropout else None
     documents_BT = batch.documents_BT if has_documents else None
     context = build_context(
-        model.config, SEQ_LEN, torch.device("cpu"), documents_BT=documents_BT, row_keys_B=keys_B
+        model.config, SEQ_LEN, torch.device("cpu"), documents_BT=documents_BT, row_keys_B=keys_B,
+        loss_factor=factor, num_labels_B=(batch.labels_BT >= 0).sum(dim=1),
     )
     logits_NV = model(batch.tokens_BT, context).flatten(0, 1)
     return F.cross_entropy(logits_NV, batch.labels_BT.flatten(), ignore_index=-100, reduction="sum")
@@ -58,7 +65,8 @@ def plain_run(config: ModelConfig, has_documents: bool) -> Curve:
     for step in range(STEPS):
         rows = random_rows(config.vocab_size, ROWS, SEQ_LEN, seed=step)
         num_tokens = int((rows.labels != -100).sum())
-        loss = plain_loss(model, rows, has_documents, step) / num_tokens
+        factor = torch.tensor(1 / num_tokens, dtype=torch.float64)
+        loss = plain_loss(model, rows, has_documents, step, factor) / num_tokens
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()

@@ -117,7 +117,7 @@ def run_case(case: dict, mesh: Mesh) -> dict:
             lambda gradient: gradient * math.inf if position["step"] == POISONED_STEP else None
         )
     engine = build_engine(
-        net, optimizer_of(net), lambda part, step: (part.inputs_ND, part.targets_ND), mesh,
+        net, optimizer_of(net), lambda part, step, factor: (part.inputs_ND, part.targets_ND), mesh,
         PrecisionConfig(dtype=case["dtype"], initial_loss_scale_log2=8),
         EngineSettings(case["zero_stage"], CLIP, 1, offload_optimizer=case.get("offload", "none")),
         placements,

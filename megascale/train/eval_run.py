@@ -1,0 +1,209 @@
+"""How well a checkpoint does on validation splits: `python -m megascale.train.eval_run REQUEST`; the request is JSON.
+
+Loss and hits come from the weights as they were saved, in whatever layout, over the ranks that the request asks for.
+No optimizer is built.
+"""
+
+import copy
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megascale.checkpoint.find import VerifiedCheckpoint, peek_checkpoint
+from megascale.checkpoint.run_file import peek_run_store
+from megascale.config.derive import derive
+from megascale.config.load import apply_override, parse_config
+from megascale.config.schema import RunConfig
+from megascale.data.loader import evaluation_batches
+from megascale.data.rows import Corpus
+from megascale.data.stream import build_objective, open_validation
+from megascale.engine.pipeline import build_pipeline
+from megascale.engine.precision import TORCH_DTYPE
+from megascale.errors import CheckpointError, ConfigError
+from megascale.model.context import Context
+from megascale.observe.metrics import derive_bits_per_byte
+from megascale.parallel.mesh import Mesh, build_mesh, read_rank_info
+from megascale.train.build import build_axes, layout_of, own_stages, pipeline_settings
+from megascale.train.evaluate import BATCHES_PER_STAGE, batched, count_labels
+from megascale.train.generate import load_model
+from megascale.train.objective import run_objective
+from megascale.train.request import serve_request
+
+HIT_NAMES = {
+    "causal": "next tokens foretold", "mlm": "masked tokens found", "span": "target tokens foretold",
+    "pairs": "target tokens foretold", "classify": "top-1",
+}
+"""What the share of hits is called, by objective."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model comes to on one validation split.
+
+    Attributes:
+        loss: mean over labels, in nats; of objectives without classes as they define it.
+        num_labels: tokens, images or patches with a label.
+        perplexity: exp(loss), for objectives over tokens.
+        accuracy: share of labels that are the model's first choice; None where there are no classes.
+        bits_per_byte: of the text, for next tokens of a whole split.
+    """
+
+    loss: float
+    num_labels: int
+    perplexity: float | None
+    accuracy: float | None
+    bits_per_byte: float | None
+
+
+class Scored(nn.Module):
+    """A head whose loss comes with its hits. Shape: as the head's, to (3,) fp64: loss, hits, labels that can be hit."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def loss(self, hidden: torch.Tensor, context: Context, labels: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        loss = self.head.loss(hidden, context, labels)
+        count = getattr(self.head, "count_hits", None)
+        hits, total = (0, 0) if count is None else (int(number) for number in count(hidden, context, labels))
+        return torch.tensor([loss.item(), hits, total], dtype=torch.float64)
+
+
+class Scorer:
+    """This rank's part of a model, asked for its scores. Every rank builds it."""
+
+    def __init__(self, checkpoint: VerifiedCheckpoint, config: RunConfig, mesh: Mesh, kind: str):
+        self.mesh, self.axes = mesh, build_axes(config, mesh)
+        stages, dtype = own_stages(config, mesh), TORCH_DTYPE[config.precision.dtype]
+        self.objective = run_objective(config, self.axes)
+        model = load_model(checkpoint, config, self.axes, list(stages.values()), kind).to(mesh.device, dtype)
+        for stage in model.stages:
+            stage.head = None if stage.head is None else Scored(stage.head)
+            stage.eval()
+        self.stages, self.pipeline = model.stages, None
+        if mesh.pp.size > 1:
+            settings = pipeline_settings(config, self.axes, mesh)
+            self.pipeline = build_pipeline(
+                self.stages, settings.stage_indices, settings.num_stages, settings.schedule, settings.hidden_shape,
+                dtype, mesh.device, mesh.pp, self.objective, lambda *_: None,
+            )
+
+    @torch.no_grad()
+    def sums(self, batches: list) -> torch.Tensor:
+        """This rank's share of (loss, hits, labels that can be hit) over batches; (3,) fp64. Every rank calls it."""
+        if self.pipeline is not None:
+            total = self.pipeline.totals(batches)
+        else:
+            (stage,) = self.stages
+            total = sum(stage(*self.objective(batch.to(self.mesh.device), 0, None)) for batch in batches)
+        return total if total is not None and self.mesh.tp.rank == 0 else torch.zeros(3, dtype=torch.float64)
+
+
+def evaluate_checkpoint(
+    checkpoint: VerifiedCheckpoint, overrides: list[str], kind: str, max_rows: int | None
+) -> dict[str, Score]:
+    """The scores of a checkpoint on each validation split of its run, on the ranks that the environment describes.
+
+    Args:
+        overrides: changes to the run's config, such as `parallel.tp=2` or `data.folder=OTHER`.
+        kind: of the checkpoint's tensors to take as weights.
+        max_rows: the first so many rows of each split; None for all.
+
+    Raises:
+        ConfigError, DataError: a layout or data that don't fit the model.
+        CheckpointError: the checkpoint has no such weights.
+    """
+    info = read_rank_info(dict(os.environ))
+    if not any(key.startswith(f"{kind}/") for key in checkpoint.index.tensors):
+        raise CheckpointError(f"{checkpoint.path}: has no averaged weights; train with optimizer.ema_decay, or leave"
+                              " out --ema")
+    config = evaluation_config(checkpoint, overrides, info.world_size)
+    derived = derive(config, info.world_size, source=str(checkpoint.path))
+    validation = open_validation(config)
+    mesh = build_mesh(layout_of(config, derived), info)
+    scorer = Scorer(checkpoint, config, mesh, kind)
+    return {corpus.name: score_corpus(scorer, config, corpus, validation, max_rows) for corpus in validation}
+
+
+def evaluation_config(checkpoint: VerifiedCheckpoint, overrides: list[str], world_size: int) -> RunConfig:
+    """The run's config on so many ranks, all of them replicas unless told otherwise, with a batch that they can share.
+
+    Raises:
+        ConfigError: an override that means nothing, or changes the model.
+    """
+    values = copy.deepcopy(checkpoint.index.run.config) | {"parallel": {"zero_stage": 0}}
+    values["train"] |= {"recompute": "none", "batch_ramp": [], "compile": False}
+    for override in overrides:
+        if override.startswith("model."):
+            raise ConfigError(f"override `{override}`: the weights are of the model that was trained; change data,"
+                              " train, parallel or precision only")
+        apply_override(values, override)
+    config = parse_config(values, source=str(checkpoint.path))
+    parallel, train = config.parallel, config.train
+    dp = max(1, world_size // (parallel.tp * parallel.pp * parallel.cp))
+    rows = train.micro_batch_size * dp * BATCHES_PER_STAGE * parallel.pp
+    return config.model_copy(update={"train": train.model_copy(update={"global_batch_tokens": rows * train.seq_len})})
+
+
+def score_corpus(
+    scorer: Scorer, config: RunConfig, corpus: Corpus, validation: tuple[Corpus, ...], max_rows: int | None
+) -> Score:
+    """The score on one split, the same on every rank."""
+    mesh, kind = scorer.mesh, config.objective_kind
+    sums, num_labels = torch.zeros(3, dtype=torch.float64), 0
+    objective, micro_rows = build_objective(config, validation), config.train.micro_batch_size
+    batches = evaluation_batches(corpus, objective, micro_rows, mesh.dp_rank, mesh.layout.dp, max_rows)
+    for together in batched(batches, BATCHES_PER_STAGE * mesh.pp.size):
+        sums += scorer.sums(together)
+        num_labels += count_labels(together) if mesh.leads_replica else 0
+    loss_sum, hits, chances, labels = mesh.control_sum([*sums.tolist(), num_labels], dtype=torch.float64)
+    loss, labels = loss_sum / labels, int(labels)
+    is_whole = max_rows is None or max_rows >= corpus.num_rows
+    return Score(
+        loss=loss,
+        num_labels=labels,
+        perplexity=math.exp(min(loss, 700.0)) if kind not in ("classify", "mae") else None,
+        accuracy=hits / chances if chances else None,
+        bits_per_byte=derive_bits_per_byte(loss, labels, corpus.manifest.text_bytes)
+        if kind == "causal" and is_whole else None,
+    )
+
+
+def describe(score: Score, hit_name: str) -> str:
+    """A score as a line for people."""
+    parts = [f"loss {score.loss:.4f}"]
+    if score.perplexity is not None:
+        parts.append(f"perplexity {score.perplexity:.3f}")
+    if score.bits_per_byte is not None:
+        parts.append(f"{score.bits_per_byte:.4f} bits per byte")
+    if score.accuracy is not None:
+        parts.append(f"{hit_name} {score.accuracy:.2%}")
+    return ", ".join([*parts, f"{score.num_labels:,} labels"])
+
+
+def serve(values: dict) -> None:
+    """Evaluates as a request asks; the first rank prints."""
+    checkpoint = peek_checkpoint(peek_run_store(Path(values["run_folder"])), values["step"])
+    kind = "ema" if values["ema"] else "master"
+    scores = evaluate_checkpoint(checkpoint, values["overrides"], kind, values["max_rows"])
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if values["as_json"]:
+        each = {name: asdict(score) for name, score in scores.items()}
+        print(json.dumps({"step": checkpoint.step, "weights": kind, "validation": each}))
+        return
+    print(f"{checkpoint.path}: step {checkpoint.step}{', averaged weights' if values['ema'] else ''}")
+    objective = parse_config(checkpoint.index.run.config, source=str(checkpoint.path)).objective_kind
+    for name, score in scores.items():
+        print(f"  {name}: {describe(score, HIT_NAMES.get(objective, 'hits'))}")
+
+
+if __name__ == "__main__":
+    serve_request(serve, sys.argv[1])

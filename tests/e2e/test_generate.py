@@ -1,0 +1,54 @@
+"""Text from a run by the command line: several prompts at once, with and without a cache, over ranks, searched.
+
+To catch: keys of a cache that is as wide as all heads under tp; samples of a prompt that share one seed.
+"""
+
+import json
+
+import pytest
+
+from tests.support.tiny_run import megascale
+
+
+def texts(run, *arguments) -> list[dict]:
+    """The texts that a command gives, in the order of prompts and samples."""
+    done = megascale("generate", run, "--json", "--max-tokens", "12", *arguments)
+    assert done.returncode == 0, done.stderr
+    return sorted(map(json.loads, done.stdout.splitlines()), key=lambda text: (text["prompt"], text["sample"]))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text('"w1"\n{"prompt": "w5 w6 w7"}\n')
+    return path
+
+
+def test_prompts_of_a_file_are_continued_together(clean, prompts):
+    """The same with a cache, without, and with a cache over two tp ranks, past the end of the window too."""
+    wanted = ["--prompts-file", prompts, "--samples", "2"]
+    found = texts(clean, *wanted)
+    assert [(text["prompt"], text["sample"]) for text in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert found[0]["text"] != found[1]["text"]
+    assert texts(clean, *wanted, "--no-cache") == found
+    assert texts(clean, *wanted, "--tp", "2") == found
+
+
+def test_a_search_gives_its_best_texts_over_pipeline_ranks_too(clean):
+    wanted = ["--prompt", "w3", "--beams", "3", "--best", "2"]
+    best, second = texts(clean, *wanted)
+    assert best["score"] >= second["score"]
+    assert best["text"] != second["text"]
+    assert [text["text"] for text in texts(clean, *wanted, "--pp", "2", "--no-cache")] == [best["text"], second["text"]]
+
+
+@pytest.mark.parametrize(("arguments", "part"), [
+    (["--samples", "2", "--beams", "2"], "a search draws nothing"),
+    (["--best", "2"], "--best 2 is more than --beams 1"),
+    (["--prompts-file", "no/such/file"], "no/such/file: can't be read"),
+])
+def test_what_means_nothing_is_refused(clean, arguments, part):
+    done = megascale("generate", clean, *arguments)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
