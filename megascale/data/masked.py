@@ -9,8 +9,8 @@ Pairs cut the text of a row in two, within its longest piece, so that the one si
 stay as they are. In the others
 
 - `sop`: the two change places (Lan et al. 2019, arXiv 1909.11942, section 3.1);
-- `nsp`: the second is the end of another row, as many tokens of it: row g reads from row g ^ 1, its neighbour by number,
-  which any rank can read and no layout changes.
+- `nsp`: the second is the end of another row, as many tokens of it: row g reads from row g ^ 1, its neighbour by
+  number, which any rank can read and no layout changes.
 
 Legend: B rows, T positions, V vocabulary.
 Source: Devlin et al. 2019 (arXiv 1810.04805), section 3.1 and appendix A.1; whole words are those of its later code.

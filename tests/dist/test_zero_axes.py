@@ -7,6 +7,9 @@ factor for DeepSpeed's averaging; every tp rank giving its evaluation; boxes not
 (each element owned twice); offloaded gradients not brought to the host, or masters not copied back.
 Bad values: what isn't counted not looked at (0 to 3: the step is taken, and the weights are lost); noted only after the
 sum (the fault is then its peers' too).
+Expert parallelism, given gradients: experts' summed over all replicas; in ZeRO-0 every replica counted in the norm, or
+the norm summed over one replica only; shares of a checkpoint by the rank in the world; expert replicas that are
+neighbours, like the ranks that share experts out.
 Given gradients: a tied gradient not summed; the reduce-scatter not waiting for that sum; a tied copy owned as well.
 """
 

@@ -1,4 +1,7 @@
-"""Which layouts can share out experts, what a rank then holds, and what `check` says of it. No ranks needed."""
+"""Which layouts can share out experts, what a rank then holds, and what `check` says of it. No ranks needed.
+
+Mutations seen to be caught: experts counted as if ep didn't cut them; their state as if all replicas shared it out.
+"""
 
 import pytest
 

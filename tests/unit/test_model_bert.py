@@ -16,9 +16,11 @@ from megascale.export.hf_export import export_run
 from megascale.export.hf_folder import open_folder
 from megascale.export.hf_import import model_section, section_of
 from megascale.export.weight_source import open_source
+from megascale.model.attention_mask import AttentionMask
 from megascale.model.context import build_context
 from megascale.model.families.hf_names import to_hf
 from megascale.model.flops import layer_costs
+from megascale.model.ring import plan_tiles
 from megascale.model.transformer import build_model, parameter_shapes
 from tests.support.bert_rows import batch_of, build_test_masked
 from tests.support.export_run import make_run, random_weights
@@ -28,7 +30,7 @@ SHAPE = {"family": "bert", "num_layers": 2, "d_model": 32, "num_heads": 4, "voca
          "norm_eps": 1e-12}
 CLASSES = {"pairs": BertForPreTraining, "tokens": BertForMaskedLM, "untied": BertForMaskedLM}
 CONFIGS = {"pairs": SHAPE | {"pair_head": True}, "tokens": SHAPE | {"activation": "gelu_tanh", "num_segments": 3},
-           "untied": SHAPE | {"tie_embeddings": False, "d_ff": 48}}
+           "untied": SHAPE | {"tie_embeddings": False, "d_ff": 48, "norm_eps": 1e-3}}
 
 
 def build_theirs(kind: str, config: ModelConfig, weights: dict[str, torch.Tensor]):
@@ -36,7 +38,7 @@ def build_theirs(kind: str, config: ModelConfig, weights: dict[str, torch.Tensor
     activation = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.feed_forward]
     model = CLASSES[kind](BertConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=config.ffn_dim,
-        max_position_embeddings=32, type_vocab_size=config.num_segments, hidden_act=activation, layer_norm_eps=1e-12,
+        max_position_embeddings=32, type_vocab_size=config.num_segments, hidden_act=activation, layer_norm_eps=config.norm_eps,
         tie_word_embeddings=config.is_tied,
     )).eval()
     missing, unexpected = model.load_state_dict(to_hf(config, weights), strict=False)
@@ -111,6 +113,16 @@ def hidden_of(model, batch, context) -> torch.Tensor:
     for layer in model.stages[0].layers:
         hidden = layer(hidden, context)
     return hidden
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_a_ring_both_ways_sees_every_key_in_every_step(source):
+    """Seen to catch: the tiles of causal order, which leave out what is behind."""
+    mask = AttentionMask(torch.arange(8), None, None, None, None, is_causal=False)
+    (tile,) = plan_tiles(0, source, 2, 8, mask)
+    assert (tile.queries, tile.keys) == (slice(0, 8), slice(0, 8))
+    assert tile.seen(mask) is None
+    assert not tile.is_causal
 
 
 def test_padding_changes_nothing():
