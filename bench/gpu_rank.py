@@ -30,7 +30,8 @@ from megascale.model.linear import Linear
 from megascale.model.recompute import set_recompute
 from megascale.model.sharding import is_decayed
 from megascale.model.transformer import Transformer, build_model
-from megascale.optim.optimizer import build_adamw, parameter_groups
+from megascale.optim.groups import ParameterFacts, parameter_groups
+from megascale.optim.optimizer import build_optimizer
 from megascale.parallel.layout import Layout
 from megascale.parallel.mesh import build_mesh, pick_device, read_rank_info
 from megascale.train.build import build_run_engine
@@ -66,9 +67,9 @@ def plain_step(config: RunConfig, kind: str) -> tuple[Step, torch.device]:
         trained, update = keep_masters(model)
     else:
         trained, update = dict(model.named_parameters()), lambda: None
-    groups = parameter_groups(trained.items(), config.optimizer.weight_decay, is_decayed)
-    adamw = build_adamw(groups, learning_rate=config.optimizer.learning_rate, beta1=config.optimizer.beta1,
-                        beta2=config.optimizer.beta2, eps=config.optimizer.eps)
+    facts = {name: ParameterFacts(is_decayed(name)) for name in trained}
+    groups = parameter_groups(trained.items(), facts, config.optimizer)
+    adamw = build_optimizer(groups, config.optimizer, split_parts=lambda name, tensor: [tensor], is_fp32=True)
     context = build_context(config.model, config.train.seq_len, device)
 
     def loss_of(tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,15 @@ from data_tools.readers import PAIR_SEPARATOR, ReadCounts, read_documents
 from data_tools.settings import BuildSettings
 from data_tools.splits import SPLITS, TOKENIZER_FILE, choose_documents, write_split
 from data_tools.tokenize import TokenizeJob, hash_text, tokenize_chunks
-from data_tools.tokenizer import check_special_tokens, check_vocab_size, count_ids, find_eos_id, train_tokenizer
+from data_tools.tokenizer import (
+    character_tokenizer,
+    check_special_names,
+    check_special_tokens,
+    check_vocab_size,
+    count_ids,
+    find_eos_id,
+    train_tokenizer,
+)
 from data_tools.write_shards import write_file
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import DataError
@@ -98,7 +106,9 @@ def check_settings(settings: BuildSettings, workers: int, tokenizer_path: Path |
             raise DataError(f"--{name.replace('_', '-')} {getattr(settings, name)} is below 1")
     if workers < 1:
         raise DataError(f"--workers {workers} is below 1")
-    if tokenizer_path is None:
+    if tokenizer_path is None and settings.characters:
+        check_special_names(settings.special_tokens)
+    elif tokenizer_path is None:
         check_vocab_size(settings.vocab_size, settings.special_tokens)
     else:
         tokenizer = load_tokenizer(tokenizer_path)
@@ -144,8 +154,9 @@ def write_tokenizer_file(
 
 
 def write_tokenizer(source: Source, settings: BuildSettings, console: Console, path: Path) -> None:
-    """Trains a tokenizer on the training split's text, or a sample of it, and writes it."""
-    check_vocab_size(settings.vocab_size, settings.special_tokens)
+    """Trains a tokenizer on the training split's text, or a sample of it, and writes it; characters are of all text."""
+    if not settings.characters:
+        check_vocab_size(settings.vocab_size, settings.special_tokens)
     counts, total_bytes = ReadCounts(), source.num_bytes
     sample_fraction = TOKENIZER_SAMPLE_BYTES / max(1, total_bytes)
 
@@ -153,11 +164,15 @@ def write_tokenizer(source: Source, settings: BuildSettings, console: Console, p
         for document in read_documents(source, counts):
             advance(document.source_bytes)
             split_value, sample_value = (number / 2**64 for number in hash_text(document.text.encode()))
-            if split_value >= settings.validation_fraction and sample_value < sample_fraction:
+            is_learnt_from = split_value >= settings.validation_fraction and sample_value < sample_fraction
+            if settings.characters or is_learnt_from:
                 yield from document.text.split(PAIR_SEPARATOR) if source.target_field else (document.text,)
 
     with track_bytes(console, "train tokenizer", total_bytes) as advance:
-        tokenizer = train_tokenizer(choose_texts(advance), settings.vocab_size, settings.special_tokens)
+        if settings.characters:
+            tokenizer = character_tokenizer(choose_texts(advance), settings.special_tokens)
+        else:
+            tokenizer = train_tokenizer(choose_texts(advance), settings.vocab_size, settings.special_tokens)
     check_documents(source, counts)
     write_file(path, tokenizer.to_str(pretty=True).encode())
 

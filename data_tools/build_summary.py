@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_tools.engine import Engine
 from data_tools.readers import ReadCounts
+from data_tools.settings import BuildSettings
 from data_tools.splits import SPLITS
 from megascale.data.manifest import INDEX_FILE, Manifest, check_shard_files, load_manifest, read_tokenizer
 from megascale.errors import DataError
@@ -84,8 +85,9 @@ def find_finished(out: Path, recipe: dict) -> BuildSummary:
 
 def compare_recipes(found: dict, recipe: dict) -> list[str]:
     """How two recipes differ, field by field."""
-    differing = [key for key in recipe if found.get(key) != recipe[key]]
-    return [f"{key} = {found.get(key)!r} there, {recipe[key]!r} asked" for key in differing]
+    known = {key: getattr(BuildSettings, key, None) for key in recipe} | found  # older ones lack newer settings
+    differing = [key for key in recipe if known[key] != recipe[key]]
+    return [f"{key} = {known[key]!r} there, {recipe[key]!r} asked" for key in differing]
 
 
 def read_recipe(path: Path) -> dict | None:

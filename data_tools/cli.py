@@ -10,6 +10,7 @@ import typer
 from data_tools.cli_options import (
     ArrayOption,
     BlockTokensOption,
+    CharactersOption,
     DeduplicateOption,
     EosTokenOption,
     FastOption,
@@ -42,6 +43,7 @@ def build(
     source: SourceArgument,
     out: OutOption,
     vocab_size: VocabSizeOption = BuildSettings.vocab_size,
+    characters: CharactersOption = False,
     special_token: SpecialTokenOption = None,
     validation_fraction: FractionOption = BuildSettings.validation_fraction,
     deduplicate: DeduplicateOption = False,
@@ -61,6 +63,7 @@ def build(
     """
     settings = BuildSettings(
         vocab_size=vocab_size,
+        characters=characters,
         special_tokens=tuple(special_token or ()),
         validation_fraction=validation_fraction,
         deduplicate=deduplicate,

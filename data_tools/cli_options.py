@@ -18,6 +18,10 @@ TextFieldOption = Annotated[str, typer.Option(help="Field of a JSON object or co
 SeparatorOption = Annotated[str | None, typer.Option(help="Text between documents of a text file; \\n is a newline.")]
 OutOption = Annotated[Path, typer.Option(help="Folder to make.", show_default=False)]
 VocabSizeOption = Annotated[int, typer.Option(help="Entries of the tokenizer, at most.")]
+CharactersOption = Annotated[
+    bool,
+    typer.Option("--characters", help="Each character of the text is a token, as in nanoGPT; --vocab-size is unused."),
+]
 EosTokenOption = Annotated[str, typer.Option(help="The tokenizer's token that ends a document.")]
 SpecialTokenOption = Annotated[
     list[str] | None, typer.Option(help="Further special token, such as '<|fim_prefix|>'; repeatable.")

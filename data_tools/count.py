@@ -10,20 +10,21 @@ from megascale.data.rows import TRAIN_SPLIT
 from megascale.errors import DataError
 
 
-def count_rows(folder: Path, seq_len: int, kind: str, has_fim: bool) -> list[str]:
+def count_rows(folder: Path, seq_len: int, kind: str, has_fim: bool, overlap: int = 1) -> list[str]:
     """Writes the counts file of every split.
 
     Args:
         folder: the corpus.
-        seq_len: positions of a row.
+        seq_len: tokens from the start of a full row to that of the next one of the same text.
         kind: `bestfit` or `none`; the rows of `concat` follow from the index.
         has_fim: whether documents are rearranged to fill in the middle, which takes room for three tokens each.
+        overlap: see `Packing`.
 
     Returns:
         A line about each split.
 
     Raises:
-        DataError: no such corpus, a damaged shard, or a folder that can't be written to.
+        DataError: no such corpus, one of images, a damaged shard, or a folder that can't be written to.
     """
     if kind == "concat":
         raise DataError("--packing concat needs no counts: the index says them; count bestfit or none")
@@ -31,8 +32,11 @@ def count_rows(folder: Path, seq_len: int, kind: str, has_fim: bool) -> list[str
     lines = []
     for split in splits:
         manifest = load_manifest(str(folder), split)
+        if manifest.holds_images:
+            raise DataError(f"{manifest.index_place} is of images, and says how many there are: they need no counts")
         # Only training documents are rearranged.
-        packing = Packing(kind, seq_len + 1, spare=NUM_FIM_TOKENS if has_fim and split == TRAIN_SPLIT else 0)
+        spare = NUM_FIM_TOKENS if has_fim and split == TRAIN_SPLIT else 0
+        packing = Packing(kind, seq_len + overlap, overlap, spare)
         counts = count_rows_of_split(manifest, packing)
         try:
             place = store_counts(manifest, packing, counts)

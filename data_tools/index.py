@@ -8,6 +8,8 @@ from typing import NamedTuple
 from rich.console import Console
 
 from data_tools.build_summary import BUILD_FILE
+from data_tools.image_shards import scan_image_shard
+from data_tools.images import CLASSES_FILE
 from data_tools.progress import track_bytes
 from data_tools.scan import count_text_bytes, scan_shard, shard_number, token_dtype
 from data_tools.settings import EOS_TOKEN
@@ -38,6 +40,7 @@ class Facts(NamedTuple):
         tokenizer_file, tokenizer_sha256: the tokenizer within the corpus folder.
         text_bytes, num_tokens: of all shards when an older index was written.
         numbers: of the shards that it lists.
+        holds_images: whether documents are images, and `tokenizer_file` the names of their classes.
     """
 
     vocab_size: int
@@ -47,10 +50,16 @@ class Facts(NamedTuple):
     text_bytes: int = 0
     num_tokens: int = 0
     numbers: frozenset[int] = frozenset()
+    holds_images: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Of a token on disk; images are bytes."""
+        return "uint8" if self.holds_images else token_dtype(self.vocab_size).name
 
 
 def rebuild_index(folder: Path, console: Console, allow_missing: bool = False) -> list[Manifest]:
-    """Writes `shards.npy` and `index.json` of every split again, from the shards and the tokenizer.
+    """Writes `shards.npy` and `index.json` of every split again, from the shards and the tokenizer or class names.
 
     Every byte is read and every checksum in the shards verified. Bytes of text are taken from an older index that
     counts as many tokens, else from the decoded tokens, which is exact for byte-level BPE tokenizers.
@@ -72,7 +81,7 @@ def rebuild_index(folder: Path, console: Console, allow_missing: bool = False) -
         facts = find_facts(folder, split)
         paths = find_shards(folder / split, facts, allow_missing)
         shards = scan_shards(paths, facts, console)
-        is_known = sum(shard.tokens for shard in shards) == facts.num_tokens
+        is_known = facts.holds_images or sum(shard.tokens for shard in shards) == facts.num_tokens
         tokenizer = folder / facts.tokenizer_file
         text_bytes = facts.text_bytes if is_known else count_text_bytes(paths, load_tokenizer(tokenizer))
         written.append((split, facts, shards, text_bytes))
@@ -81,7 +90,7 @@ def rebuild_index(folder: Path, console: Console, allow_missing: bool = False) -
             folder / split,
             shards,
             split=split,
-            dtype=token_dtype(facts.vocab_size).name,
+            dtype=facts.dtype,
             vocab_size=facts.vocab_size,
             eos_id=facts.eos_id,
             text_bytes=text_bytes,
@@ -97,6 +106,8 @@ def find_facts(folder: Path, split: str) -> Facts:
     Raises:
         DataError: no tokenizer, or another than the older index names.
     """
+    if (folder / CLASSES_FILE).is_file():
+        return find_image_facts(folder, split)
     old = read_old_index(folder / split)
     name = old.tokenizer_file if old else TOKENIZER_FILE
     tokenizer = load_tokenizer(folder / name)
@@ -110,6 +121,24 @@ def find_facts(folder: Path, split: str) -> Facts:
             f"{folder / split / INDEX_FILE} says {old.tokenizer_sha256[:12]}...; restore it"
         )
     return old
+
+
+def find_image_facts(folder: Path, split: str) -> Facts:
+    """The same for images, from the names of their classes.
+
+    Raises:
+        DataError: such a file that isn't one.
+    """
+    path, old = folder / CLASSES_FILE, read_old_index(folder / split)
+    content = path.read_bytes()
+    try:
+        num_classes = len(json.loads(content)["classes"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DataError(f"{path} has no list of classes; restore it, or make the corpus again") from None
+    return Facts(
+        num_classes, 0, CLASSES_FILE, hashlib.sha256(content).hexdigest(),
+        numbers=old.numbers if old else frozenset(), holds_images=True,
+    )
 
 
 def read_old_index(folder: Path) -> Facts | None:
@@ -169,7 +198,8 @@ def scan_shards(paths: list[Path], facts: Facts, console: Console) -> list[Shard
     with track_bytes(console, f"index {paths[0].parent.name}", sum(path.stat().st_size for path in paths)) as advance:
         for path in paths:
             try:
-                shards.append(scan_shard(path, facts.vocab_size, facts.eos_id))
+                is_text = not facts.holds_images
+                shards.append(scan_shard(path, facts.vocab_size, facts.eos_id) if is_text else scan_image_shard(path))
             except DataError as error:
                 faults.append(str(error))
             advance(path.stat().st_size)

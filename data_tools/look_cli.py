@@ -76,7 +76,8 @@ def index(
     from data_tools.index import rebuild_index
 
     for manifest in rebuild_index(folder, Console(stderr=True), allow_missing):
-        typer.echo(f"{manifest.index_place}: {manifest.num_shards} shards, {manifest.num_tokens:,} tokens")
+        content = f"{manifest.num_documents:,} images" if manifest.holds_images else f"{manifest.num_tokens:,} tokens"
+        typer.echo(f"{manifest.index_place}: {manifest.num_shards} shards, {content}")
 
 
 def count(
@@ -84,11 +85,12 @@ def count(
     seq_len: SeqLenOption,
     packing: PackingOption = "bestfit",
     fim: Annotated[bool, typer.Option("--fim", help="For a corpus with a fim_fraction.")] = False,
+    overlap: Annotated[int, typer.Option(min=0, help="Tokens two rows of a text share: 1, or 0 for MLM, spans.")] = 1,
 ) -> None:
     """Count the rows of a packing once, beside the index: a corpus that isn't local needs it before a run."""
     from data_tools.count import count_rows
 
-    for line in count_rows(folder, seq_len, packing, fim):
+    for line in count_rows(folder, seq_len, packing, fim, overlap):
         typer.echo(line)
 
 

@@ -11,6 +11,7 @@ class BuildSettings:
 
     Attributes:
         vocab_size: entries at most of the tokenizer to train; without meaning when a tokenizer is given.
+        characters: make each character of the source a token, in place of training a tokenizer.
         eos_token: the token that ends a document.
         special_tokens: further tokens without text of their own, such as those of fill-in-the-middle.
         validation_fraction: share of the documents set aside, chosen by their text, so that copies of a text are on
@@ -23,6 +24,7 @@ class BuildSettings:
     """
 
     vocab_size: int = 4096
+    characters: bool = False
     eos_token: str = EOS_TOKEN
     special_tokens: tuple[str, ...] = ()
     validation_fraction: float = 0.05

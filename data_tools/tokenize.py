@@ -19,7 +19,7 @@ from data_tools.chunks import DOCUMENT_TABLE_DTYPE, ChunkFacts, TokenizedBatch, 
 from data_tools.corpora import Piece, Source
 from data_tools.fast_bpe import RECHECK_EVERY, FastBpe, find_disagreement
 from data_tools.readers import PAIR_SEPARATOR, Document, ReadCounts, read_piece
-from megascale.data.tokenizer import load_tokenizer
+from megascale.data.tokenizer import encode_texts, load_tokenizer
 from megascale.errors import DataError
 from megascale.train.signals import stop_when_parent_dies
 
@@ -103,8 +103,7 @@ def choose_encode(job: TokenizeJob, use_fast: bool) -> Encode:
 
 def encode_slow(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids by tokenizers."""
-    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, np.uint32) for encoding in encoded]
+    return [np.array(ids, np.uint32) for ids in encode_texts(tokenizer, texts)]
 
 
 def encode_fast(fast: FastBpe, tokenizer: Tokenizer, texts: Sequence[str], hashes: np.ndarray) -> list[np.ndarray]:

@@ -1,9 +1,9 @@
-"""Byte-level BPE tokenizers: training, loading, and what a text becomes."""
+"""Byte-level BPE tokenizers, and those of single characters: training, loading, and what a text becomes."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.settings import EOS_TOKEN
 from megascale.data.tokenizer import load_tokenizer, parse_tokenizer
@@ -44,11 +44,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Seque
     return tokenizer
 
 
-def check_vocab_size(vocab_size: int, special_tokens: Sequence[str] = ()) -> None:
-    """Refuses a vocabulary that can't write every byte, and special tokens that aren't distinct."""
+def character_tokenizer(texts: Iterable[str], special_tokens: Sequence[str] = ()) -> Tokenizer:
+    """A tokenizer of which each character of the texts is a token, by code point; token 0 ends a text.
+
+    Args:
+        texts: all that is ever to be tokenized: another character is refused, since there is no token for it.
+        special_tokens: further tokens 1, 2, ... that no text becomes.
+
+    Raises:
+        DataError: a special token named twice.
+
+    Source: data/shakespeare_char/prepare.py of github.com/karpathy/nanoGPT, which has no token that ends a text.
+    """
+    named = check_special_names(special_tokens)
+    entries = [*named, *sorted(set().union(*texts) - set(named))]
+    tokenizer = Tokenizer(models.WordLevel({entry: number for number, entry in enumerate(entries)}, unk_token=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(named)
+    return tokenizer
+
+
+def check_special_names(special_tokens: Sequence[str]) -> list[str]:
+    """All special tokens, once they are found distinct."""
     named = [EOS_TOKEN, *special_tokens]
     if "" in named or len(set(named)) < len(named):
         raise DataError(f"--special-token: {named} holds an empty token or one twice; {EOS_TOKEN} is always there")
+    return named
+
+
+def check_vocab_size(vocab_size: int, special_tokens: Sequence[str] = ()) -> None:
+    """Refuses a vocabulary that can't write every byte, and special tokens that aren't distinct."""
+    named = check_special_names(special_tokens)
     needed = MIN_VOCAB_SIZE + len(special_tokens)
     if vocab_size < needed:
         raise DataError(

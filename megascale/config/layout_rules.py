@@ -10,6 +10,7 @@ from math import lcm, log2
 from megascale.config.ep_rules import expert_degrees, expert_rules
 from megascale.config.model import divisors, divisors_of
 from megascale.config.moe_rules import expert_width_rules
+from megascale.config.optimizer_rules import optimizer_rules
 from megascale.config.schedules import (
     SCHEDULES,
     micro_batch_rule,
@@ -17,7 +18,6 @@ from megascale.config.schedules import (
     schedules_that_take,
     takes_micro_batches,
 )
-from megascale.config.optimizer_rules import optimizer_rules
 from megascale.config.schema import RunConfig
 from megascale.config.t5_rules import pair_layout_rules
 from megascale.config.training import ParallelConfig, TrainConfig

@@ -17,7 +17,8 @@ OWN_FIELDS = {
     "rope_theta": _ROTARY, "rope_scaling": _ROTARY, "qk_norm": _ROTARY, "attention_softcap": _ROTARY,
     "logit_softcap": _ROTARY, "window": ("gpt2", *_ROTARY), "global_every": _ROTARY,
     "num_decoder_layers": ("t5", "transformer"), "relative_buckets": ("t5",), "relative_max_distance": ("t5",),
-    "num_segments": ("bert",), "mup_base_width": ("gpt2", "llama"), "pair_head": ("bert",), "moe": ("moe",), "vision": ("vit",),
+    "num_segments": ("bert",), "pair_head": ("bert",), "mup_base_width": ("gpt2", "llama"), "moe": ("moe",),
+    "vision": ("vit",),
 }
 """Fields that only some families can honour; others refuse them rather than ignore them."""
 NEEDED = {"moe": "moe", "vision": "vit"}

@@ -79,16 +79,21 @@ def store_counts(manifest: Manifest, packing: Packing, counts: np.ndarray) -> st
 
 
 def counts_place(manifest: Manifest, packing: Packing) -> str:
-    """Path or url of the counts file."""
+    """Path or url of the counts file; of images, which need none, that of the index."""
+    if manifest.holds_images:
+        return manifest.index_place
     facts = f"{packing.kind}-{packing.row_tokens}-{packing.overlap}-{packing.spare}"
     return join(manifest.folder, manifest.split, f"rows-{facts}-{manifest.index.table_sha256[:16]}.npy")
 
 
 def count_command(manifest: Manifest, packing: Packing) -> str:
-    """The command that makes the counts file."""
+    """The command that makes the counts file, or that of images the index."""
+    if manifest.holds_images:
+        return f"megascale data index {manifest.folder}"
     seq_len = packing.row_tokens - packing.overlap
+    overlap = "" if packing.overlap == 1 else f" --overlap {packing.overlap}"
     fim = " --fim" if packing.spare else ""
-    return f"megascale data count {manifest.folder} --seq-len {seq_len} --packing {packing.kind}{fim}"
+    return f"megascale data count {manifest.folder} --seq-len {seq_len}{overlap} --packing {packing.kind}{fim}"
 
 
 def _parse_counts(content: bytes, manifest: Manifest, packing: Packing) -> np.ndarray:

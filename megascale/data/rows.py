@@ -172,15 +172,17 @@ def check_batches(corpora: Sequence[Corpus], batches: BatchPlan, micro_rows: int
             )
     num_rows, largest = sum(corpus.num_rows for corpus in corpora), max(batches.sizes)
     if num_rows < largest:
-        seq_len = corpora[0].packing.row_tokens - corpora[0].packing.overlap
-        fitting = num_rows // unit * unit
-        remedy = (
-            f"set train.global_batch_tokens to {fitting * seq_len} or less"
-            if fitting
-            else f"lower train.micro_batch_size x dp = {unit}"
-        )
+        packing, fitting = corpora[0].packing, num_rows // unit * unit
+        seq_len = packing.row_tokens - packing.overlap
+        # Only rows of the next token say how long the model's are.
+        of_length, budget, advice = f" of seq_len = {seq_len}", str(fitting * seq_len), ", shorten train.seq_len,"
+        if packing.overlap != 1:
+            of_length, budget, advice = "", f"{fitting} x train.seq_len", ""
+        remedy = f"set train.global_batch_tokens to {budget} or less"
+        remedy = remedy if fitting else f"lower train.micro_batch_size x dp = {unit}"
+        more = "more images" if corpora[0].manifest.holds_images else "more text"
         places = ", ".join(corpus.manifest.index_place for corpus in corpora)
         raise DataError(
-            f"{places}: {num_rows} rows of seq_len = {seq_len}, fewer than the {largest} rows of one step; {remedy}, "
-            "shorten train.seq_len, or build the corpus from more text"
+            f"{places}: {num_rows} rows{of_length}, fewer than the {largest} rows of one step; {remedy}{advice} or "
+            f"build the corpus from {more}"
         )

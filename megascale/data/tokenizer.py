@@ -1,5 +1,6 @@
 """The tokenizer of a corpus, as the `tokenizers` package reads it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -31,3 +32,20 @@ def parse_tokenizer(content: bytes, place: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, without special tokens.
+
+    Raises:
+        DataError: a text has what the vocabulary can't write, which one of single characters may.
+    """
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises bare Exception
+        known = tokenizer.get_vocab()
+        strange = sorted({each for text in texts for each in text if each not in known})
+        raise DataError(
+            f"the tokenizer can't write a text ({error}); of its characters the vocabulary lacks"
+            f" {', '.join(map(repr, strange[:8]))}: leave them out, or make the tokenizer from text that has them"
+        ) from None

@@ -16,8 +16,8 @@ and what it gates, and each expert.
 |             | normal n^-.5                                          | which in the paper begins with 0   |
 
 `model.init_scale` gives matrices of blocks a truncated normal (init_scale / n)^.5 instead, as Switch has it. muP
-divides those of blocks by r^.5 (`megascale.model.mup`). L is the number of blocks of a decoder-only model, of which each
-writes to the stream twice: its variance then doesn't grow with depth.
+divides those of blocks by r^.5 (`megascale.model.mup`). L is the number of blocks of a decoder-only model, of which
+each writes to the stream twice: its variance then doesn't grow with depth.
 
 Source: gpt2: Radford et al. 2019, section 2.3; palm: Chowdhery et al. 2022, section 5; bert, t5 and vit: the code of
 Devlin et al. 2019, Raffel et al. 2020 (Mesh TensorFlow) and Dosovitskiy et al. 2020; transformer: Glorot and Bengio

@@ -18,7 +18,8 @@ class TrainRecord:
         grad_norm: L2 norm of the whole gradient before clipping.
         tokens_seen: label tokens that the run has trained on so far, this step included.
         step_s: seconds per step, and
-        tokens_per_s: label tokens per second over all ranks, both over the last steps (evaluation and saves left out).
+        tokens_per_s: tokens per second over all ranks, both over the last steps (evaluation and saves left out): label
+            tokens where the next token is learned, elsewhere input positions, of an image its patches.
         mfu_fraction: model FLOPs per second over the peak of the devices; None when the peak isn't known.
         eta_s: seconds of training left at this speed; None before the first measured step.
         loss_scale: fp16 loss scale of the step; 1.0 in other precisions.

@@ -178,7 +178,7 @@ def _goodput_table(goodput: Goodput | None) -> str:
 
 
 def _figures(lines: list[dict]) -> str:
-    """A curve for each kind of figure, such as the load of experts, with a line for each part of the model that has it."""
+    """A curve for each kind of figure, such as the load of experts, one line a part of the model."""
     names = sorted({name.rpartition("/")[2] for line in lines for name in line.get("figures") or {}})
     return "".join(to_inline_svg(figures_figure(lines, name), name) for name in names)
 

@@ -61,7 +61,7 @@ class StepTimer:
         self._started_s = self._clock()
 
     def stop(self, num_tokens: int) -> None:
-        """Marks the end of a step over `num_tokens` label tokens of the global batch."""
+        """Marks the end of a step over `num_tokens` of the global batch."""
         self._durations_s.append(self._clock() - self._started_s)
         self._tokens.append(num_tokens)
 

@@ -23,7 +23,7 @@ from megascale.config.derive import derive
 from megascale.config.load import parse_config
 from megascale.config.schema import RunConfig
 from megascale.config.training import ParallelConfig
-from megascale.data.tokenizer import load_tokenizer
+from megascale.data.tokenizer import encode_texts, load_tokenizer
 from megascale.engine.base import StatePiece
 from megascale.engine.pipeline import build_forward_pipeline
 from megascale.engine.precision import TORCH_DTYPE
@@ -203,7 +203,7 @@ def write_texts(run_folder: Path, step: int | None, wanted: Wanted, layout: Layo
     if run_file is None:
         raise CheckpointError(f"{run_folder / RUN_FILE} is missing; it names the token that ends a text")
     end = run_file.eos_id
-    prompts = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in wanted.prompts]
+    prompts = [ids or [end] for ids in encode_texts(tokenizer, wanted.prompts)]
     check_prompts(prompts, model.config.vocab_size)
     writer = Writer(wanted, tokenizer, end, shows_prompt=not model.config.traits.has_decoder)
     if wanted.beam is not None:

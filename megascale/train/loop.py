@@ -75,7 +75,7 @@ def train(run: Run) -> RunState:
             output = take_step(run, state, data, counts)
             check_finite(run, state, output)
             state = state.advance(output, counts, run.corpus_names)
-            run.timer.stop(counts.labels)
+            run.timer.stop(worked_tokens(run, state.step - 1, counts))
             log_step(run, state, output if counts.labels else replace(output, loss=math.nan))
 
 
@@ -103,6 +103,17 @@ def take_step(run: Run, state: RunState, data: StepData, counts: StepCounts) -> 
     )
     run.pulse.end_step(output.compute_s)
     return output
+
+
+def worked_tokens(run: Run, step: int, counts: StepCounts) -> int:
+    """Tokens by which the speed of a step is told: those the model works on.
+
+    For the next token these are the labels, so that padding counts as no work. Elsewhere a few positions have labels,
+    and an image one for all its patches: there it is all positions of the rows, by which FLOPs are counted too.
+    """
+    if run.config.objective_kind == "causal":
+        return counts.labels
+    return run.derived.batches.rows_of(step) * run.config.train.seq_len
 
 
 class Agreement(NamedTuple):

@@ -4,6 +4,11 @@ Compared are losses and gradient norms (of the losses of the routers too), the e
 to the bit, the biases that keep experts in balance. The plain loop has the model's own layers; that they compute what
 they should is for `tests/unit/test_model_moe.py` to say.
 
+Mutations seen to be caught, each by the case in brackets: gradients of gates not summed over tp
+(tp2_without_sequence_shards); a row's counts and choices not summed over cp (cp2_ring_dropping); biases moved by a
+rank's own load (dp2_zero3_deepseek); tokens counted in the forward pass, so twice under recompute (pp2_recompute);
+outputs not put back into the order in which tokens came over ep (ep2).
+
 In the layouts over ep without drops and recompute, the bytes of all-to-alls over all ranks are those of the formula.
 """
 

@@ -9,9 +9,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_tools.count import count_rows
 from data_tools.images import build_images
+from data_tools.index import rebuild_index
 from data_tools.inspect import describe_corpus_row
 from data_tools.verify import verify_corpus
+from megascale.config.batch_plan import constant_batch
 from megascale.config.derive import derive
 from megascale.config.load import parse_config
 from megascale.data.images import ImageObjective, decode_image, decode_sample, plain, random_box
@@ -19,6 +22,8 @@ from megascale.data.loader import Loader, evaluation_batches
 from megascale.data.manifest import load_manifest
 from megascale.data.permutation import derive_key
 from megascale.data.row import Picture, Row
+from megascale.data.row_counts import count_command
+from megascale.data.rows import check_batches
 from megascale.data.stream import open_stream, open_validation
 from megascale.errors import DataError
 from tests.support.corpus import QUIET, make_corpus
@@ -187,6 +192,34 @@ def test_a_flipped_bit_is_found(folder, tmp_path):
     place.write_bytes(content)
     with pytest.raises(DataError, match="block 0: crc32 of the tokens is"):
         verify_corpus(tmp_path / "corpus", QUIET)
+
+
+def test_an_index_is_made_again_from_the_shards(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "corpus")
+    lost = sorted((tmp_path / "corpus").glob("*/index.json")) + sorted((tmp_path / "corpus").glob("*/shards.npy"))
+    before = {path: path.read_bytes() for path in lost}
+    for path in lost[1:]:  # one index is there still, without its table
+        path.unlink()
+    rebuild_index(tmp_path / "corpus", QUIET)
+    assert {path: path.read_bytes() for path in lost} == before
+    verify_corpus(tmp_path / "corpus", QUIET)
+    (tmp_path / "corpus" / "train" / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"1 shards are missing, such as shard-000001\.tar"):
+        rebuild_index(tmp_path / "corpus", QUIET)
+    (tmp_path / "corpus" / "classes.json").write_text("[]")
+    with pytest.raises(DataError, match=r"classes\.json has no list of classes"):
+        rebuild_index(tmp_path / "corpus", QUIET)
+
+
+def test_messages_about_rows_are_of_images(folder):
+    stream = open_stream(run_config(folder), derive(run_config(folder), 1))
+    num_rows, corpus = stream.corpora[0].num_rows, stream.corpora[0]
+    message = rf"index\.json: {num_rows} rows, fewer than the 64 .* to {num_rows // 2 * 2} x train\.seq_len or less or build .* more images$"
+    with pytest.raises(DataError, match=message):
+        check_batches(stream.corpora, constant_batch(64), 2, 1)
+    assert count_command(corpus.manifest, corpus.packing) == f"megascale data index {folder}"
+    with pytest.raises(DataError, match="of images, and says how many there are"):
+        count_rows(folder, 16, "none", False)
 
 
 def test_refusals_name_the_way_out(folder, tmp_path):

@@ -34,7 +34,8 @@ def restore(source: list[int], target: list[int]) -> list[int]:
             current.append(token)
     for token in source[:-1]:
         text += spans.pop(token) if token in SENTINELS else [token]
-    assert not spans and source[-1] == target[-1] == END
+    assert not spans
+    assert source[-1] == target[-1] == END
     return text
 
 
@@ -57,7 +58,8 @@ def test_source_and_target_together_are_the_text(size):
         source, labels = arrays.source_BS[number, : plan.source].tolist(), arrays.labels_BT[number]
         target = labels[: plan.target].tolist()
         assert restore(source, target) == list(range(1, size + 1))
-        assert (arrays.source_BS[number, plan.source :] == END).all() and (labels[plan.target :] == -100).all()
+        assert (arrays.source_BS[number, plan.source :] == END).all()
+        assert (labels[plan.target :] == -100).all()
         assert arrays.tokens_BT[number, : plan.target].tolist() == [END, *target[:-1]]
         assert sum(token in SENTINELS for token in target) == plan.spans
         assert source[0] not in SENTINELS, "a text begins with a token that stays"
@@ -82,7 +84,8 @@ def test_spans_lie_everywhere_alike():
     times = np.bincount(arrays.labels_BT[(arrays.labels_BT > 0) & (arrays.labels_BT < 900)], minlength=140)[1:]
     share = times / count
     assert abs(share.mean() - 21 / 139) < 1e-9
-    assert share[20:-20].min() > 0.11 and share[20:-20].max() < 0.2
+    assert share[20:-20].min() > 0.11
+    assert share[20:-20].max() < 0.2
 
 
 def test_documents_are_kept_apart():
@@ -98,12 +101,15 @@ def test_documents_are_kept_apart():
     in_source = dict(zip(source.tolist(), documents.tolist(), strict=False))
     for token, document in zip(arrays.labels_BT[0], arrays.documents_BT[0], strict=True):
         assert token < 900 or in_source[token] == document
-    assert (np.diff(documents) >= 0).all() and documents[-1] == 3
+    assert (np.diff(documents) >= 0).all()
+    assert documents[-1] == 3
     starts = np.flatnonzero(np.diff(arrays.documents_BT[0], prepend=-1))
-    assert len(starts) == 3 and (arrays.tokens_BT[0, starts] == END).all()
+    assert len(starts) == 3
+    assert (arrays.tokens_BT[0, starts] == END).all()
     assert set(arrays.documents_BT[0].tolist()) <= set(documents.tolist())
     together = corruption().assemble([row], derive_key(5, np.arange(1)))
-    assert (together.documents_BT == 0).all() and set(together.source_documents_BS[0].tolist()) <= {0, 1}
+    assert (together.documents_BT == 0).all()
+    assert set(together.source_documents_BS[0].tolist()) <= {0, 1}
 
 
 def test_rows_without_text_have_no_labels():
@@ -115,7 +121,8 @@ def test_rows_without_text_have_no_labels():
 def test_parts_are_drawn_alike():
     parts = [tuple(cut_randomly(5, 3, derive_key(key))) for key in range(3000)]
     counts = {part: parts.count(part) for part in set(parts)}
-    assert len(counts) == 6 and min(counts.values()) > 400
+    assert len(counts) == 6
+    assert min(counts.values()) > 400
 
 
 def test_pairs_are_taken_apart_and_cut():
@@ -143,7 +150,7 @@ def config_of(**sections):
     return parse_config({name: section | sections.get(name, {}) for name, section in values.items()}, source="x")
 
 
-@pytest.mark.parametrize("sections, ranks, words", [
+@pytest.mark.parametrize(("sections", "ranks", "words"), [
     ({"parallel": {"cp": 2}}, 2, "parallel.cp = 2 with model.family = t5"),
     ({"parallel": {"pp": 2, "stage_layers": [1, 3]}}, 2, "parallel.stage_layers"),
     ({"parallel": {"tp": 4}, "data": {"objective": {"target_len": 18}}}, 4, "use a data.objective.target_len of 20"),

@@ -38,7 +38,8 @@ def build_theirs(kind: str, config: ModelConfig, weights: dict[str, torch.Tensor
     activation = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.feed_forward]
     model = CLASSES[kind](BertConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=config.ffn_dim,
-        max_position_embeddings=32, type_vocab_size=config.num_segments, hidden_act=activation, layer_norm_eps=config.norm_eps,
+        max_position_embeddings=32, type_vocab_size=config.num_segments, hidden_act=activation,
+        layer_norm_eps=config.norm_eps,
         tie_word_embeddings=config.is_tied,
     )).eval()
     missing, unexpected = model.load_state_dict(to_hf(config, weights), strict=False)

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascale.config.model import ModelConfig
+from megascale.config.optimizer import OptimizerConfig
 from megascale.model import loss as module
 from megascale.model.loss import linear_cross_entropy
 from megascale.model.transformer import build_model
-from megascale.optim.optimizer import build_adamw, parameter_groups
+from megascale.optim.groups import ParameterFacts, parameter_groups
+from megascale.optim.optimizer import build_optimizer
 from megascale.parallel.axis import Axis
 
 SHAPE = {"num_layers": 1, "d_model": 32, "num_heads": 2, "vocab_size": 50, "max_seq_len": 16}
@@ -175,9 +177,11 @@ def test_padding_never_changes_a_step(family):
             for parameter in model.parameters():
                 if parameter.shape[0] in (50, 64) and parameter.dim() == 2:
                     parameter[:50] = torch.randn(50, 32, generator=torch.Generator().manual_seed(2)) * 0.02
-        groups = parameter_groups(model.named_parameters(), 0.1, lambda name: True)
         # This eps keeps biases of keys still: softmax makes their gradient 0, and Adam would step by its rounding.
-        optimizer = build_adamw(groups, learning_rate=0.01, beta1=0.9, beta2=0.95, eps=1e-4)
+        config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-4)
+        facts = {name: ParameterFacts(decays=True) for name, _ in model.named_parameters()}
+        groups = parameter_groups(model.named_parameters(), facts, config)
+        optimizer = build_optimizer(groups, config, split_parts=lambda name, tensor: [tensor], is_fp32=True)
         for _ in range(3):
             nll_sum = model(tokens_BT[:, :-1], labels_BT=tokens_BT[:, 1:])
             optimizer.zero_grad()

@@ -46,7 +46,8 @@ def test_every_key_of_the_schema_has_one_class_and_every_rule_has_a_key():
     [
         ("parallel.tp", ChangeKind.SAFE), ("data.corpora.web.folder", ChangeKind.SAFE),
         ("optimizer.learning_rate", ChangeKind.MATHS), ("run.seed", ChangeKind.MATHS),
-        ("optimizer.kind", ChangeKind.FORBIDDEN), ("model.num_heads", ChangeKind.FORBIDDEN), ("train.seq_len", ChangeKind.FORBIDDEN),
+        ("optimizer.kind", ChangeKind.FORBIDDEN), ("model.num_heads", ChangeKind.FORBIDDEN),
+        ("train.seq_len", ChangeKind.FORBIDDEN),
         ("data.new_key", ChangeKind.FORBIDDEN), ("train.max_steps2", ChangeKind.FORBIDDEN),
     ],
 )

@@ -36,6 +36,7 @@ EXPERTS = {
                  "scores": "sigmoid", "balance": "bias", "bias_rate": 0.01, "z_weight": 0.01},
 }
 layouts.MODELS |= {name: SHAPE | {"num_layers": 2, "moe": moe} for name, moe in EXPERTS.items()}
+layouts.MODELS["mixtral_deep"] = SHAPE | {"num_layers": 4, "moe": EXPERTS["mixtral"]}
 RECOMPUTED, ROW_BY_ROW = {"recompute": "full"}, {"micro_batch_size": 1}
 CASES = {case.name: case for case in [
     LayoutCase("tp2", 2, {"tp": 2}, "mixtral"),
@@ -54,7 +55,7 @@ CASES = {case.name: case for case in [
     LayoutCase("ep2_tp2", 4, {"ep": 2, "tp": 2}, "mixtral"),
     LayoutCase("ep2_pp2", 4, {"ep": 2, "pp": 2}, "mixtral", train=RECOMPUTED),
     LayoutCase("ep4_deepseek", 4, {"ep": 4, "cp": 2}, "deepseek"),
-    LayoutCase("pp2_dp2_zero_bubble", 4, {"pp": 2, "schedule": "zero_bubble"}, "deepseek", train=ROW_BY_ROW),
+    LayoutCase("pp2_dp2_zero_bubble", 4, {"pp": 2, "schedule": "zero_bubble"}, "mixtral_deep", train=ROW_BY_ROW),
     LayoutCase("tp2_pp2", 4, {"tp": 2, "pp": 2}, "deepseek"),
     LayoutCase("tp2_dp2_zero3", 4, {"tp": 2, "zero_stage": 3}, "mixtral"),
 ]}

@@ -6,6 +6,7 @@ in the environment this is the command.
 
 import os
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,6 @@ OWN_MODULE = "tests.e2e.programs.parity_fault"
 def plant() -> None:
     from megascale.model import transformer
     from megascale.model.block import Block
-    from megascale.optim.optimizer import build_adamw
     from megascale.parallel.axis import Axis
     from megascale.train import build
 
@@ -41,19 +41,19 @@ def plant() -> None:
         original_placement = transformer.Placement
 
         def placement(*arguments):
-            return original_placement(*arguments[:-1], Axis())
+            return replace(original_placement(*arguments), partial_over=Axis())
 
         transformer.Placement = placement
     elif FAULT == "clipping on one rank":
-        original_adamw = build_adamw
+        original_optimizer = build.build_optimizer
 
         def build_spoilt(*arguments, **options):
-            optimizer = original_adamw(*arguments, **options)
+            optimizer = original_optimizer(*arguments, **options)
             if os.environ["RANK"] == "1":
                 optimizer.register_step_pre_hook(double_gradients)
             return optimizer
 
-        build.build_adamw = build_spoilt
+        build.build_optimizer = build_spoilt
     elif FAULT == "norms decay":
         build.is_decayed = lambda name: True
 
