@@ -2,12 +2,13 @@
 
 Symbols: L blocks of this rank, B rows of a micro-batch, M micro-batches, A = T / cp positions of attention, t = A / tp
 with sequence shards and A without, D d_model, H heads, K kv heads, C head_dim, V padded vocabulary, P parameters of
-this rank, e bytes of an activation and a parameter. A collective over n ranks of x bytes on its larger side sends
+this rank, e bytes of an activation and a parameter; S sparse blocks of this rank, E experts and k of a token, X
+parameters of this rank's experts, which ep parts from P. A collective over n ranks of x bytes on its larger side sends
 x (n-1)/n from each, an all-reduce twice that.
 
 Sources: tensor parallelism Shoeybi et al. 2019, section 3; sequence shards Korthikanti et al. 2022, section 4.2.2;
 ZeRO Rajbhandari et al. 2020, section 7; pipeline Narayanan et al. 2021, section 3.1; Ulysses Jacobs et al. 2023,
-section 3.2; ring Liu et al. 2023, section 3.
+section 3.2; ring Liu et al. 2023, section 3; experts Lepikhin et al. 2020, section 3.2.
 """
 
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ def part(size: float, ranks: int) -> float:
 def all_terms(case: LayoutCase, rank: int) -> list[Term]:
     """Everything that a rank sends in a step."""
     share = case.share(rank)
-    makers = (tensor_terms, head_terms, partial_terms, context_terms, pipeline_terms, zero_terms, scalar_terms)
+    makers = (tensor_terms, head_terms, expert_terms, partial_terms, context_terms, pipeline_terms, zero_terms,
+              scalar_terms)
     return [term for make in makers for term in make(share) if term.sent]
 
 
@@ -55,14 +57,16 @@ def tensor_terms(share: RankShare) -> Iterator[Term]:
     """Tensor parallelism inside the blocks, and of the embedding."""
     tp, model = share.parallel.tp, share.model
     one = share.micro_batches * part(share.hidden, tp)
-    blocks, embedding = one * share.num_blocks, one * share.has_embedding
+    halves = 2 * share.num_blocks + share.num_sparse * (model.moe is not None and model.moe.num_shared_experts > 0)
+    blocks, embedding = one * halves / 2, one * share.has_embedding
     if not share.parallel.is_sequence_parallel:
         yield Term("tp", "all_reduce", "blocks: 2 sums forward, 2 backward", "8 L M BADe (n-1)/n", 8 * blocks)
         yield Term("tp", "all_reduce", "embedding: its output", "2 M BADe (n-1)/n", 2 * embedding)
     else:
         yield Term("tp", "all_gather", "blocks: 2 forward, 2 backward", "4 L M BADe (n-1)/n", 4 * blocks)
         yield Term("tp", "reduce_scatter", "blocks: 2 forward, 2 backward", "4 L M BADe (n-1)/n", 4 * blocks)
-        yield Term("tp", "all_gather", "blocks: inputs again, for weight gradients", "2 L M BADe (n-1)/n", 2 * blocks,
+        yield Term("tp", "all_gather", "blocks: inputs again, for weight gradients", "(2 L - S) M BADe (n-1)/n",
+                   one * (halves - share.num_sparse),
                    "only the shard is kept; in Korthikanti too, beside the count, behind the inputs' gradient")
         yield Term("tp", "reduce_scatter", "embedding: its output", "M BADe (n-1)/n", embedding)
         yield Term("tp", "all_gather", "embedding: gradient of it", "M BADe (n-1)/n", embedding)
@@ -86,6 +90,33 @@ def head_terms(share: RankShare) -> Iterator[Term]:
     positions = share.train.micro_batch_size * share.derived.attention_columns * share.has_head
     yield Term("tp", "all_reduce", "cross-entropy: top score, sum, label's score of each position", "24 M BA (n-1)/n",
                2 * share.micro_batches * part(12 * positions, tp))
+
+
+def expert_terms(share: RankShare) -> Iterator[Term]:
+    """Tokens to the ranks of their experts and back. What a rank sends depends on its tokens; these are means over ep.
+
+    tp ranks work on all positions of their shards together, each on its part of every expert's features.
+    """
+    parallel, moe = share.parallel, share.model.moe
+    if not share.num_sparse:
+        return
+    times = share.num_sparse * share.micro_batches
+    choices = share.train.micro_batch_size * share.derived.attention_columns * moe.top_k
+    rows = times * part(choices * share.model.d_model * share.bytes, parallel.ep)
+    for when in ("forward", "backward"):
+        yield Term("ep", "all_to_all", f"tokens to experts and back, {when}", "2 S M BAkDe (n-1)/n", 2 * rows)
+    yield Term("ep", "all_to_all", "how many tokens each expert gets", "8 S M E (n-1)/n",
+               times * part(8 * moe.num_experts, parallel.ep), "no token is dropped and none padded: messages vary")
+    why = "experts are cut over tp, and the router works on a rank's own positions"
+    gates = times * part(4 * choices, parallel.tp)
+    if parallel.is_sequence_parallel:
+        yield Term("tp", "all_gather", "experts: choices and gates", "12 S M BAk (n-1)/n", 3 * gates, why)
+        yield Term("tp", "reduce_scatter", "experts: gradient of gates", "4 S M BAk (n-1)/n", gates, why)
+    else:
+        yield Term("tp", "all_reduce", "experts: gradient of gates", "8 S M BAk (n-1)/n", 2 * gates, why)
+    counts = 2 * times * part(8 * share.train.micro_batch_size * moe.num_experts, parallel.cp)
+    yield Term("cp", "all_reduce", "experts: how often a row chose each", "16 S M BE (n-1)/n", counts,
+               "the balance loss is of whole rows")
 
 
 def partial_terms(share: RankShare) -> Iterator[Term]:
@@ -146,22 +177,37 @@ def zero_terms(share: RankShare) -> Iterator[Term]:
 
 def whole_terms(share: RankShare) -> Iterator[Term]:
     """ZeRO-0: as in plain data parallelism."""
-    yield from gradient_terms(share, "all_reduce", 2 * share.flat_parameters(ranks=1))
+    for axis, symbol, elements, ranks in divided_groups(share, is_shared=False):
+        yield from gradient_terms(share, axis, symbol, "all_reduce", 2 * elements, ranks)
 
 
 def optimizer_share_terms(share: RankShare) -> Iterator[Term]:
     """ZeRO-1."""
-    elements = share.flat_parameters(share.zero_ranks)
-    yield from gradient_terms(share, "reduce_scatter", elements)
-    yield Term("zero", "all_gather", "parameters", "P e (n-1)/n", part(share.bytes * elements, share.zero_ranks))
+    for axis, symbol, elements, ranks in divided_groups(share, is_shared=True):
+        yield from gradient_terms(share, axis, symbol, "reduce_scatter", elements, ranks)
+        yield Term(axis, "all_gather", "parameters", f"{symbol} e (n-1)/n", part(share.bytes * elements, ranks))
 
 
-def gradient_terms(share: RankShare, kind: str, elements: int) -> Iterator[Term]:
+def divided_groups(share: RankShare, *, is_shared: bool) -> Iterator[tuple[str, str, int, int]]:
+    """(axis, symbol, elements with padding, ranks that hold the same) of the parameters, and of experts that ep parts
+    from them: a rank's experts have seen the tokens of all its ep peers, so they have fewer replicas.
+
+    Args:
+        is_shared: whether the replicas share out the optimizer's state, which pads to a multiple of their number.
+    """
+    ranks, fewer = share.zero_ranks, share.expert_ranks
+    yield "zero", "P", share.flat_parameters(ranks if is_shared else 1), ranks
+    yield "experts", "X", share.flat_experts(fewer if is_shared else 1), fewer
+
+
+def gradient_terms(
+    share: RankShare, axis: str, symbol: str, kind: str, elements: int, ranks: int
+) -> Iterator[Term]:
     """Gradients once a step."""
     factor = "2 " if kind == "all_reduce" else ""
-    yield Term("zero", kind, "gradients", f"{factor}P e (n-1)/n", part(share.bytes * elements, share.zero_ranks))
-    yield Term("zero", kind, "the same in fp32", f"{factor}P (4 - e) (n-1)/n",
-               part((4 - share.bytes) * elements, share.zero_ranks),
+    yield Term(axis, kind, "gradients", f"{factor}{symbol} e (n-1)/n", part(share.bytes * elements, ranks))
+    yield Term(axis, kind, "the same in fp32", f"{factor}{symbol} (4 - e) (n-1)/n",
+               part((4 - share.bytes) * elements, ranks),
                "sums over ranks and micro-batches are in fp32; the paper's are in 16 bits")
 
 
@@ -209,7 +255,8 @@ def scalar_terms(share: RankShare) -> Iterator[Term]:
     yield Term("loss", "all_reduce", "loss of the step", "8 (n-1)/n", 2 * part(4, layout.world_size // layout.tp))
     model_ranks = layout.pp * layout.tp
     if stage < 2:
-        axis, ranks = ("world", layout.world_size) if stage else ("model", model_ranks)
+        is_spread = stage == 1 or share.parallel.ep > 1
+        axis, ranks = ("world", layout.world_size) if is_spread else ("model", model_ranks)
         yield Term(axis, "all_reduce", "gradient norm", "8 (n-1)/n", 2 * part(4, ranks))
         return
     is_checked = layout.tp > 1 or (stage == 2 and share.config.precision.dtype != "fp32")

@@ -27,9 +27,9 @@ COLUMNS = ("axis", "collective", "what", "closed form", "bytes", "counted", "bey
 
 def axis_names(mesh: Mesh) -> dict[str, str]:
     """Name of each process group -> name of the axis; a group that tp is split into is found by its members."""
-    axes = {axis: getattr(mesh, axis).name for axis in ("tp", "cp", "pp", "ends")}
-    groups = {"zero": mesh.zero_group, "loss": mesh.loss_group, "model": mesh.model_group, "world": mesh.world_group,
-              "control": mesh.control_group}
+    axes = {axis: getattr(mesh, axis).name for axis in ("tp", "cp", "pp", "ep", "ends")}
+    groups = {"experts": mesh.expert_group, "zero": mesh.zero_group, "loss": mesh.loss_group,
+              "model": mesh.model_group, "world": mesh.world_group, "control": mesh.control_group}
     names = {name: axis for axis, name in axes.items() if name}
     return names | {group.group_name: axis for axis, group in groups.items()}
 
@@ -44,9 +44,13 @@ def count_step(case: LayoutCase, mesh: Mesh) -> Sent:
     known = set(axis_names(mesh).values())
     sent: Sent = Counter()
     for (axis, kind), size in counter.sent.items():
-        # Over gloo our reduce-scatter is an all-to-all and a sum; the real ones are those of context parallelism.
-        is_scatter = kind == "all_to_all" and axis != "cp"
+        # Over gloo our reduce-scatter is an all-to-all and a sum; the real ones are those of cp and ep.
+        is_scatter = kind == "all_to_all" and axis not in ("cp", "ep")
         sent[axis if axis in known else "kv", "reduce_scatter" if is_scatter else kind] += size
+    if mesh.ep.size > 1:
+        mean = torch.tensor(sent["ep", "all_to_all"] / mesh.ep.size, dtype=torch.float64)
+        dist.all_reduce(mean, group=mesh.ep.group)  # what one rank doesn't send another does
+        sent["ep", "all_to_all"] = mean.item()
     return sent
 
 

@@ -16,6 +16,9 @@ LLAMA = {
     "vocab_size": 250, "max_seq_len": 32,
 }
 GPT2 = {"family": "gpt2", "num_layers": 4, "d_model": 64, "num_heads": 4, "vocab_size": 250, "max_seq_len": 32}
+MOE = LLAMA | {
+    "family": "moe", "num_layers": 2, "moe": {"num_experts": 4, "top_k": 2, "num_dense_layers": 1, "z_weight": 0.001},
+}
 WIDE = LLAMA | {"d_model": 512, "num_layers": 1, "d_ff": 512}
 """Matrices of more than 1e5 elements, below which DeepSpeed's ZeRO-3 keeps parameters whole."""
 
@@ -49,6 +52,12 @@ CASES = by_name([
     case("tp2 dp2 zero2", 4, tp=2, zero_stage=2),
     case("tp2 pp2, tied", 4, GPT2, tp=2, pp=2),
     case("tp2 cp2 ring", 4, tp=2, cp=2),
+    case("ep2", 2, MOE, ep=2),
+    case("ep2 zero0", 2, MOE, ep=2, zero_stage=0),
+    case("ep2 dp4 bf16", 4, MOE, ep=2, dtype="bf16"),
+    case("ep2 tp2", 4, MOE, ep=2, tp=2),
+    case("ep2 tp2 without sequence shards", 4, MOE, ep=2, tp=2, sequence_parallel=False),
+    case("ep2 cp2", 4, MOE, ep=2, cp=2),
 ])
 
 

@@ -19,6 +19,7 @@ class LayoutCase:
         model: the config's section.
         rows, seq_len: of one step over all replicas.
         parallel, train, precision: what the config's sections say beside the defaults.
+        block: the one to look at, in the order of the layers.
     """
 
     name: str
@@ -29,13 +30,14 @@ class LayoutCase:
     parallel: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     dtype: str = "fp32"
+    block: int = 0
 
     def config(self) -> RunConfig:
         """The run config."""
         return parse_config({
             "run": {"name": "bench", "folder": "unused", "seed": 1},
             "model": self.model,
-            "data": {"folder": "unused"},
+            "data": {"folder": "unused", "packing": "none"},
             "train": {
                 "seq_len": self.seq_len, "micro_batch_size": 2, "global_batch_tokens": self.rows * self.seq_len,
                 "max_steps": 10,

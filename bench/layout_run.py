@@ -1,5 +1,7 @@
 """Builds the engine of a layout on this rank and lets it take steps on random rows."""
 
+from dataclasses import replace
+
 import torch
 
 from bench.layout_cases import LayoutCase
@@ -22,7 +24,10 @@ def random_batch(case: LayoutCase, seed: int) -> Batch:
     shape = config.train.micro_batch_size, config.train.seq_len + 1
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
     documents_BT = torch.zeros(shape[0], shape[1] - 1, dtype=torch.int32)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents_BT, torch.arange(shape[0]))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents_BT, torch.arange(shape[0]))
+    if config.model.traits.has_decoder:
+        return replace(batch, source_BS=batch.tokens_BT)
+    return replace(batch, segments_BT=documents_BT.long()) if config.model.family == "bert" else batch
 
 
 def take_step(engine: Engine, case: LayoutCase, step: int) -> float:

@@ -17,14 +17,22 @@ LLAMA = {
     "vocab_size": 1024, "max_seq_len": 64,
 }
 GPT2 = {"family": "gpt2", "num_layers": 3, "d_model": 256, "num_heads": 4, "vocab_size": 1024, "max_seq_len": 64}
+OTHERS = {
+    "palm": {"family": "palm", "num_layers": 3, "d_model": 256, "num_heads": 4, "num_kv_heads": 2, "d_ff": 512,
+             "vocab_size": 1024, "max_seq_len": 64},
+    "llama with wide normed heads": LLAMA | {"head_width": 96, "qk_norm": True},
+    "bert": GPT2 | {"family": "bert"},
+    "transformer": GPT2 | {"family": "transformer", "num_layers": 1},
+}
+"""Families whose blocks keep other things."""
 STATE_COLUMNS = ("layout", "parameters", "ZeRO's formula", "ours", "measured", "measured / ours")
 KEPT_COLUMNS = ("layout", "Korthikanti", "ours", "measured", "measured / ours")
 
 
 def case(name: str, ranks: int, model: dict = LLAMA, dtype: str = "bf16", recompute: str = "none",
-         **parallel) -> LayoutCase:
+         block: int = 0, **parallel) -> LayoutCase:
     """A layout with 8 rows a step."""
-    return LayoutCase(name, ranks, model, 8, 64, {"zero_stage": 1} | parallel, {"recompute": recompute}, dtype)
+    return LayoutCase(name, ranks, model, 8, 64, {"zero_stage": 1} | parallel, {"recompute": recompute}, dtype, block)
 
 
 STATE_CASES = by_name([
@@ -34,6 +42,7 @@ STATE_CASES = by_name([
     case("pp2 zero1", 2, GPT2, pp=2),
     case("tp2 dp2 zero1", 4, tp=2),
     case("tp2 dp2 zero3", 4, tp=2, zero_stage=3),
+    *(case(f"{name}, dp2 zero3", 2, model, zero_stage=3) for name, model in OTHERS.items() if name != "bert"),
 ])
 KEPT_CASES = by_name([
     *(case(f"{family}, {recompute}, {dtype}", 1, model, dtype, recompute)
@@ -42,6 +51,14 @@ KEPT_CASES = by_name([
     *(case(f"{family}, {recompute}, tp2{how}", 2, model, "bf16", recompute, tp=2, sequence_parallel=is_sharded)
       for family, model in (("llama", LLAMA), ("gpt2", GPT2)) for recompute in ("none", "selective", "full")
       for how, is_sharded in (("", True), (" without sequence shards", False))),
+    *(case(f"{name}, {recompute}, fp32", 1, model, "fp32", recompute) for name, model in OTHERS.items()
+      for recompute in ("none", "selective")),
+    *(case(f"decoder of transformer, {recompute}, fp32", 1, OTHERS["transformer"], "fp32", recompute, block=1)
+      for recompute in ("none", "selective")),
+    *(case(f"palm, {recompute}, tp2{how}", 2, OTHERS["palm"], "bf16", recompute, tp=2, sequence_parallel=is_sharded)
+      for recompute in ("none", "selective", "full")
+      for how, is_sharded in (("", True), (" without sequence shards", False))),
+    case("transformer, none, tp2", 2, OTHERS["transformer"], "bf16", tp=2),
 ])
 
 

@@ -8,10 +8,12 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,12 +25,14 @@ from bench.memory import KEPT_CASES, STATE_CASES
 from bench.memory_forms import paper_kept, paper_state
 from megascale.engine.base import Engine
 from megascale.engine.precision import TORCH_DTYPE
-from megascale.model.block import Block
-from megascale.model.memory import kept_of_block, state_bytes
+from megascale.model.block_memory import block_places, kept_of_block
+from megascale.model.memory import state_bytes
 from megascale.parallel.mesh import Mesh, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.train.build import build_axes, build_rank_model
-from megascale.train.objective import token_objective
+from megascale.train.objective import run_objective
 
+LINGER_S = 0.2
+"""gloo's thread lets go of what it sent a little after the message is there."""
 LARGE = 512
 """Bytes; smaller storages, such as counters, are left out."""
 
@@ -89,31 +93,33 @@ def fixed_buffers(engine: Engine, case: LayoutCase) -> set[int]:
 
 
 def measure_kept(case: LayoutCase, mesh: Mesh) -> dict:
-    """What the forward pass of the first block keeps: its input counts, its output doesn't."""
+    """What the forward pass of a block keeps: its input counts, its output doesn't."""
     config, device = case.config(), mesh.device
     axes = build_axes(config, mesh)
     dtype = TORCH_DTYPE[case.dtype]
     model = build_rank_model(config, axes, mesh).to(device, dtype)
-    block = next(layer for layer in model.layers if isinstance(layer, Block))
-    objective = token_objective(config.model, 1, axes, has_document_mask=False)
-    _, context, _ = objective(random_batch(case, 0).to(device), 0, None)
-    shape = config.train.micro_batch_size, case.derived().residual_columns, config.model.d_model
+    share, number = case.share(mesh.rank), list(block_places(config.model))[case.block]
+    block = model.layers[number]
+    _, context, _ = run_objective(config, axes)(random_batch(case, 0).to(device), 0, None)
+    positions = share.positions // (config.parallel.tp if config.parallel.is_sequence_parallel else 1)
+    shape = config.train.micro_batch_size, positions, config.model.d_model
     kept = kept_on_gpu(block, shape, dtype, context) if device.type == "cuda" else kept_on_cpu(
         block, shape, dtype, context, [*model.parameters(), *model.buffers()])
-    ours = kept_of_block(case.share(mesh.rank), is_fused=device.type == "cuda")
+    ours = kept_of_block(share, block_places(config.model)[number], is_fused=device.type == "cuda")
     return {"paper": paper_kept(case), "ours": ours, "measured": kept}
 
 
-def kept_on_cpu(block: Block, shape: tuple, dtype: torch.dtype, context, others: list[torch.Tensor]) -> int:
+def kept_on_cpu(block: nn.Module, shape: tuple, dtype: torch.dtype, context, others: list[torch.Tensor]) -> int:
     """By the storages that are alive."""
     live, leaf = LiveStorages(), torch.randn(shape, dtype=dtype).requires_grad_()
     with live:
         output = block(leaf.clone(), context)
+    time.sleep(LINGER_S)
     gc.collect()
     return live.alive([*others, leaf, output])
 
 
-def kept_on_gpu(block: Block, shape: tuple, dtype: torch.dtype, context) -> int:
+def kept_on_gpu(block: nn.Module, shape: tuple, dtype: torch.dtype, context) -> int:
     """By the allocator; a first run lets kernels make what they keep for good."""
     leaf = torch.randn(shape, dtype=dtype, device="cuda").requires_grad_()
     block(leaf.clone(), context).sum().backward()

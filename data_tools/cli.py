@@ -113,7 +113,7 @@ def tokenize(
 
 @app.command()
 def pairs(
-    source: Annotated[Path, typer.Argument(help="JSON lines, a pair a line (also .gz and .zst).", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="A pair a line: .jsonl or .tsv (also .gz, .zst).", show_default=False)],
     out: OutOption,
     source_field: Annotated[str, typer.Option(help="Field of the text that is read.")] = "source",
     target_field: Annotated[str, typer.Option(help="Field of the text that is to be written.")] = "target",
@@ -141,7 +141,7 @@ def pairs(
         shard_tokens=shard_tokens,
         block_tokens=block_tokens,
     )
-    found = replace(find_source(str(source), ("**/*.jsonl*",), source_field), target_field=target_field)
+    found = replace(find_source(str(source), ("**/*.jsonl*", "**/*.tsv*"), source_field), target_field=target_field)
     run_build(found, out, settings, workers, overwrite, fast, tokenizer)
 
 

@@ -15,6 +15,7 @@ from megascale.errors import DataError
 MAX_DOCUMENT_BYTES = 1 << 30
 """Longest line or text that is read. A longer one is a mistake, or a bomb in a compressed file."""
 READ_BYTES = 1 << 20
+PAIR_SUFFIXES = (".jsonl", ".tsv")
 PAIR_SEPARATOR = "\x1e"
 """Between the two texts of a pair on its way to the tokens, where the end-of-text token takes its place."""
 
@@ -76,7 +77,7 @@ def read_piece(source: Source, piece: Piece, counts: ReadCounts) -> Iterator[Doc
         DataError: a file that can't be read, or a record without text; nothing is skipped.
     """
     try:
-        for document in reader_of(piece.path)(piece, source, counts):
+        for document in reader_of(piece.path, is_pairs=source.target_field is not None)(piece, source, counts):
             if document.text.strip():
                 counts.documents += 1
                 yield document
@@ -86,12 +87,20 @@ def read_piece(source: Source, piece: Piece, counts: ReadCounts) -> Iterator[Doc
         raise DataError(f"{piece.path} can't be read ({error.strerror or error}); remove it from the source") from None
 
 
-def reader_of(path: Path) -> Callable[[Piece, Source, ReadCounts], Iterator[Document]]:
-    """What reads a file of this name."""
+def reader_of(path: Path, *, is_pairs: bool) -> Callable[[Piece, Source, ReadCounts], Iterator[Document]]:
+    """What reads a file of this name.
+
+    Raises:
+        DataError: such a file has no lines, or no pairs of texts.
+    """
     suffix = inner_suffix(path)
     if suffix in (".parquet", ".tar") and path.suffix in COMPRESSED_SUFFIXES:
         raise DataError(f"{path}: a {suffix} file is read without compression around it; decompress it")
-    return {".jsonl": read_json_lines, ".parquet": read_parquet, ".tar": read_tar}.get(suffix, read_text)
+    if is_pairs:
+        if suffix not in PAIR_SUFFIXES:
+            raise DataError(f"{path}: pairs are read from {' or '.join(PAIR_SUFFIXES)}; write it as one of them")
+        return read_lines
+    return {".jsonl": read_lines, ".parquet": read_parquet, ".tar": read_tar}.get(suffix, read_text)
 
 
 def read_text(piece: Piece, source: Source, counts: ReadCounts) -> Iterator[Document]:
@@ -123,8 +132,8 @@ def split_text(file: BinaryIO, separator: bytes, path: Path) -> Iterator[bytes]:
     yield bytes(pending)
 
 
-def read_json_lines(piece: Piece, source: Source, counts: ReadCounts) -> Iterator[Document]:
-    """One document per line: the text field of a JSON object."""
+def read_lines(piece: Piece, source: Source, counts: ReadCounts) -> Iterator[Document]:
+    """One document per line: the text field of a JSON object, or a pair."""
     path = piece.path
     with open_content(path) as (file, raw):
         first = skip_to_line(file, piece.start)
@@ -168,13 +177,21 @@ def count_lines(path: Path, stop: int) -> int:
 def read_line(content: bytes, source: Source, name: str, counts: ReadCounts) -> str:
     """The text of a line of JSON or, of a source of pairs, the two texts with `PAIR_SEPARATOR` between them.
 
+    A line of a .tsv file is a pair by itself: two texts with a tab between them.
+
     Raises:
         ValueError: what is wrong, to be completed by where.
     """
-    text = read_record(content, source.text_field, name, counts)
+    is_table = source.target_field is not None and inner_suffix(Path(name)) == ".tsv"
+    text = "" if is_table else read_record(content, source.text_field, name, counts)
     if source.target_field is None or not content.strip():
         return text
-    texts = text, read_record(content, source.target_field, name, counts)
+    if is_table:
+        texts = decode_utf8(content, name, counts).rstrip("\r\n").split("\t")
+        if len(texts) != 2:
+            raise ValueError(f"has {len(texts)} columns; a pair has two, source and target, with a tab between them")
+    else:
+        texts = text, read_record(content, source.target_field, name, counts)
     if not all(part.strip() for part in texts) or any(PAIR_SEPARATOR in part for part in texts):
         raise ValueError("isn't a pair: a text is empty, or has the control character U+001E; mend or remove it")
     return PAIR_SEPARATOR.join(texts)

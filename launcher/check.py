@@ -13,7 +13,13 @@ from megascale.data.manifest import INDEX_FILE
 from megascale.data.plan import describe_plan
 from megascale.data.stream import plan_stream
 from megascale.errors import LaunchError
-from megascale.model.flops import block_layers, layer_costs, num_parameters, train_flops_per_token
+from megascale.model.flops import (
+    block_layers,
+    layer_costs,
+    num_active_parameters,
+    num_parameters,
+    train_flops_per_token,
+)
 from megascale.model.memory import GIB, fullest_rank
 from megascale.parallel.stages import ideal_idle_fraction, plan_stages
 
@@ -29,11 +35,12 @@ def print_check(config_path: Path, overrides: Sequence[str], num_ranks: int | No
         raise LaunchError(f"--nproc {num_ranks}: use 1 or more")
     derived = derive(config, num_ranks or default_num_ranks(config), source=str(config_path))
     parameters = num_parameters(config.model)
+    active = f"; a token meets {num_active_parameters(config.model):,} of them" if config.model.moe else ""
     flops = train_flops_per_token(config.model, config.train.seq_len, target_len(config))
     lines = [
         *describe(config, derived),
         *describe_stages(config, derived),
-        ("parameters", f"{parameters:,}, {config.model.padded_vocab_size} rows of vocabulary included"),
+        ("parameters", f"{parameters:,}, {config.model.padded_vocab_size} rows of vocabulary included{active}"),
         ("FLOPs per token", f"{flops:,} forward and backward; {flops * derived.total_tokens:.3g} for the run"),
         ("memory of a rank", describe_memory(config, derived)),
         *describe_corpora(config, derived),

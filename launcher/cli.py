@@ -133,13 +133,14 @@ def generate(
     pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks that share it.")] = 1,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep keys and values of earlier tokens.")] = True,
     dtype: Annotated[ComputeDtype, typer.Option(help="That the model computes in.")] = ComputeDtype.FP32,
+    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights instead of the last ones.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
 ) -> None:
     """Continue texts with a checkpoint of a run."""
     from launcher.generate import Drawing, generate_text
 
     drawing = Drawing(max_tokens, temperature, top_k, top_p, seed, samples, beams, best, length_penalty, cache, dtype)
-    generate_text(run, prompts_file or [prompt], drawing, step=step, tp=tp, pp=pp, as_json=as_json)
+    generate_text(run, prompts_file or [prompt], drawing, step=step, tp=tp, pp=pp, as_json=as_json, ema=ema)
 
 
 @app.command("eval")

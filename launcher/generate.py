@@ -57,12 +57,13 @@ class Drawing:
 
 def generate_text(
     run_folder: Path, prompts: list[str] | Path, drawing: Drawing, *, step: int | None = None, tp: int = 1, pp: int = 1,
-    as_json: bool = False, capture: bool = False,
+    as_json: bool = False, capture: bool = False, ema: bool = False,
 ) -> str:
     """Continues texts with a checkpoint of a run, the newest whole one by default; prints, or returns with `capture`.
 
     Args:
         prompts: the texts, or a file of them.
+        ema: whether the averaged weights are taken.
 
     With `tp` x `pp` over 1 so many ranks of this machine share the model, and print; they can't capture.
 
@@ -71,7 +72,7 @@ def generate_text(
         RankFailedError: the generating process failed, for the reason in its message.
     """
     request = drawing.request() | {
-        "run_folder": str(run_folder), "step": step, "layout": {"tp": tp, "pp": pp},
+        "run_folder": str(run_folder), "step": step, "layout": {"tp": tp, "pp": pp}, "ema": ema,
         "as_json": as_json, "prompts": str(prompts) if isinstance(prompts, Path) else prompts,
     }
     if tp * pp > 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megascale.checkpoint.index import Change, CheckpointIndex, RunRecord
 from megascale.config.dump import flat_values
-from megascale.config.resume_rules import FIM_KEY, VALIDATION_KEY, ChangeKind, batch_ramp_until, class_of
+from megascale.config.resume_rules import FIM_KEY, VALIDATION_KEY, ChangeKind, batch_ramp_until, class_of_change
 from megascale.data.stream import CorpusRecord, StageRecord, StreamRecord
 from megascale.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def find_changes(saved: CheckpointIndex, now: RunRecord, planned_rows: int) -> t
         planned_rows: rows that the steps of the checkpoint would have read under today's config.
     """
     found = {
-        change.key: ClassedChange(change, *class_of(change.key))
+        change.key: ClassedChange(change, *class_of_change(change.key, change.old, change.new))
         for change in changed_values(saved.run.config, now.config)
     }
     others = [

@@ -164,6 +164,11 @@ FORBIDDEN_KEYS = {
 }
 """Keys that no checkpoint can be continued under, with the reason."""
 
+KEPT_VALUES = {
+    "model.moe.balance": ("bias", "with balance: bias a checkpoint has the biases of the experts, else it has none"),
+}
+"""Keys of `MATHS_KEYS` with a value that adds tensors to a checkpoint, so that no run changes to it or from it."""
+
 STRANGE_KEY = "this version of megascale has no rule for it"
 FIM_KEY, VALIDATION_KEY = "data.corpora.{}.fim_fraction", "validation.{}"
 """What is compared besides the config's keys, by name of the corpus, and may be allowed."""
@@ -177,6 +182,14 @@ def class_of(key: str) -> tuple[ChangeKind, str]:
         if any(key.startswith(rule) if rule.endswith(".") else key == rule for rule in keys):
             return kind, ""
     return ChangeKind.FORBIDDEN, STRANGE_KEY
+
+
+def class_of_change(key: str, old: object, new: object) -> tuple[ChangeKind, str]:
+    """The class of a change of a key from one value to another: `class_of` the key, but for `KEPT_VALUES`."""
+    value, reason = KEPT_VALUES.get(key, (None, ""))
+    if value is not None and value in (old, new):
+        return ChangeKind.FORBIDDEN, reason
+    return class_of(key)
 
 
 def keeps_maths(key: str) -> bool:

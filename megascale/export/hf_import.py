@@ -11,11 +11,19 @@ from megascale.config.model import ModelConfig
 from megascale.errors import ConfigError
 from megascale.export.hf_bert_config import BERT_DEFAULTS, BERT_FIELDS, BERT_LEGAL, bert_section
 from megascale.export.hf_moe import moe_section, moe_section_of
+from megascale.export.hf_rotary_import import (
+    QWEN3_DEFAULTS,
+    qwen3_problems,
+    rope_problems,
+    rotary_section,
+    section_of_rotary,
+)
 from megascale.export.hf_t5_config import T5_DEFAULTS, T5_FIELDS, T5_LEGAL, read_t5_config, t5_section
 from megascale.export.hf_vit_config import VIT_DEFAULTS, VIT_FIELDS, VIT_LEGAL, vision_of, vit_section
 
 FAMILY = {
-    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "moe", "bert": "bert", "t5": "t5", "vit": "vit",
+    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen3": "llama", "mixtral": "moe", "bert": "bert",
+    "t5": "t5", "vit": "vit",
 }
 """Their `model_type` -> our family."""
 _LLAMA_NAMES = {
@@ -31,6 +39,7 @@ HF_FIELDS = {
     },
     "llama": _LLAMA_NAMES,
     "mistral": _LLAMA_NAMES | {"window": "sliding_window"},
+    "qwen3": _LLAMA_NAMES,
     "mixtral": _LLAMA_NAMES | {"window": "sliding_window"},
     "bert": BERT_FIELDS,
     "t5": T5_FIELDS,
@@ -41,6 +50,7 @@ _DEFAULTS = {
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     "mistral": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "sliding_window": 4096},
+    "qwen3": QWEN3_DEFAULTS,
     "mixtral": {
         "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": None,
         "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -49,9 +59,7 @@ _DEFAULTS = {
     "t5": T5_DEFAULTS,
     "vit": VIT_DEFAULTS,
 }
-_LLAMA_LEGAL = {
-    "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1.0,), "head_dim": (None,),
-}
+_LLAMA_LEGAL = {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1.0,)}
 _LEGAL = {
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
@@ -59,6 +67,7 @@ _LEGAL = {
     },
     "llama": _LLAMA_LEGAL,
     "mistral": _LLAMA_LEGAL,
+    "qwen3": _LLAMA_LEGAL,
     "mixtral": _LLAMA_LEGAL | {"router_jitter_noise": (0.0,)},
     "bert": BERT_LEGAL,
     "t5": T5_LEGAL,
@@ -69,8 +78,6 @@ _COUNTS = {
     "n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "num_hidden_layers", "hidden_size",
     "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size",
 }
-_ROPE_THETA = 10000.0
-_PLAIN_ROPE = ("default", None)
 
 
 def model_section(hf: dict[str, Any], place: str) -> dict[str, Any]:
@@ -107,8 +114,7 @@ def model_section(hf: dict[str, Any], place: str) -> dict[str, Any]:
         section["d_ff"] = section["d_ff"] or 4 * section["d_model"]
         return section | {"bias": True}
     section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
-    theta = _rope(hf).get("rope_theta", hf.get("rope_theta", _ROPE_THETA))
-    section |= {"rope_theta": float(theta), "bias": bool(hf.get("attention_bias"))}
+    section |= rotary_section(known, section["window"]) | {"bias": bool(hf.get("attention_bias"))}
     return section | ({"moe": moe_section(known)} if kind == "mixtral" else {})
 
 
@@ -129,7 +135,7 @@ def section_of(model: ModelConfig) -> dict[str, Any]:
         }
     if model.moe is not None:
         section |= {"d_ff": model.expert_dim, "moe": moe_section_of(model)}
-    return section | ({"num_kv_heads": model.kv_heads, "rope_theta": model.rotary_base} if model.is_rotary else {})
+    return section | ({"num_kv_heads": model.kv_heads} | section_of_rotary(model) if model.is_rotary else {})
 
 
 def differences(section: dict[str, Any], model: ModelConfig, names: Mapping[str, str]) -> list[str]:
@@ -157,26 +163,17 @@ def _unsupported(hf: dict[str, Any], kind: str) -> list[str]:
     problems = []
     for name, legal in _LEGAL[kind].items():
         value = hf.get(name)
-        if name == "head_dim" and value is not None:
-            width = hf["hidden_size"] // hf["num_attention_heads"]
-            if value != width:
-                problems.append(f"head_dim = {value}: heads here are hidden_size / num_attention_heads = {width} wide")
-        elif value is not None and value not in legal:
+        if value is not None and value not in legal:
             problems.append(f"{name} = {value!r}: only {legal[0]!r} is supported")
     if hf.get("quantization_config"):
         problems.append("quantization_config: the weights are quantized; import the model that they were made from")
     if kind in ("gpt2", "bert", "t5", "vit"):
         return problems
-    rope = _rope(hf)
-    if rope.get("rope_type", rope.get("type")) not in _PLAIN_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"rope_scaling = {rope}: only plain rotary positions are supported")
+    problems += rope_problems(hf)
+    if kind == "qwen3":
+        problems += qwen3_problems(_DEFAULTS[kind] | hf)
     biases = [bool(hf.get(name)) for name in ("attention_bias", "mlp_bias")]
-    if biases[0] != biases[1] or (kind in ("mistral", "mixtral") and any(biases)):
+    if biases[0] != biases[1] or (kind in ("mistral", "mixtral", "qwen3") and any(biases)):
         problems.append(f"attention_bias = {biases[0]} and mlp_bias = {biases[1]}: all linear layers have biases here,"
                         " or none has")
     return problems
-
-
-def _rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """Newer files say `rope_parameters`; older ones `rope_theta` and, where it is special, `rope_scaling`."""
-    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}

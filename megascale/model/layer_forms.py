@@ -28,6 +28,7 @@ class Form:
         experts: elements of matrices that tp and ep share out.
         idle_experts: those of them that a token doesn't meet.
         operations: of the forward pass on one row; a multiplication and an addition are two.
+        pieces: (cut, whole or experts, elements) of each matrix by itself.
     """
 
     cut_matrices: int = 0
@@ -37,6 +38,7 @@ class Form:
     experts: int = 0
     idle_experts: int = 0
     operations: int = 0
+    pieces: tuple[tuple[str, int], ...] = ()
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -82,10 +84,10 @@ def layer_forms(config: ModelConfig, lengths: Lengths, *, has_padding: bool = Tr
     num_positions = lengths.seq_len
     first = table(config.d_model, rows)
     if config.traits.positions == "learned":
-        first += Form(whole_matrices=config.max_seq_len * config.d_model)
+        first += matrix(config.max_seq_len * config.d_model, is_cut=False)
     head = vocabulary_head(config, rows, num_positions)
     if config.family == "bert":
-        first += Form(whole_matrices=config.num_segments * config.d_model) + norm(config)
+        first += matrix(config.num_segments * config.d_model, is_cut=False) + norm(config)
         head = _masked_head(config, rows, num_positions)
     blocks = [LayerForm(f"blocks.{index}", block(config, index, num_positions), is_block=True)
               for index in range(config.num_layers)]
@@ -100,19 +102,23 @@ def shared_form(config: ModelConfig) -> Form:
     return Form(cut_vectors=2 * config.relative_buckets * config.num_heads)
 
 
+def matrix(size: int, *, is_cut: bool) -> Form:
+    """One decayed parameter, which tp shares out or doesn't."""
+    if is_cut:
+        return Form(cut_matrices=size, pieces=(("cut", size),))
+    return Form(whole_matrices=size, pieces=(("whole", size),))
+
+
 def linear(d_in: int, d_out: int, num_positions: int, has_bias: bool, cut: str = "out") -> Form:
     """A product of some positions with a matrix that tp cuts by its output features, its input features, or not."""
-    weights, bias, operations = d_in * d_out, d_out * has_bias, 2 * d_in * d_out * num_positions
-    if cut == "none":
-        return Form(whole_matrices=weights, whole_vectors=bias, operations=operations)
-    if cut == "in":
-        return Form(cut_matrices=weights, whole_vectors=bias, operations=operations)
-    return Form(cut_matrices=weights, cut_vectors=bias, operations=operations)
+    weights, bias = matrix(d_in * d_out, is_cut=cut != "none"), d_out * has_bias
+    vectors = Form(cut_vectors=bias) if cut == "out" else Form(whole_vectors=bias)
+    return weights + vectors + Form(operations=2 * d_in * d_out * num_positions)
 
 
 def table(d_model: int, rows: int) -> Form:
     """A vector per id of the vocabulary, looked up or tied to one that is."""
-    return Form(cut_matrices=rows * d_model)
+    return matrix(rows * d_model, is_cut=True)
 
 
 def vocabulary_head(config: ModelConfig, rows: int, num_positions: int) -> Form:
@@ -175,6 +181,8 @@ def _sparse(config: ModelConfig, num_positions: int) -> Form:
     experts = Form(
         experts=moe.num_experts * weights, idle_experts=(moe.num_experts - moe.top_k) * weights,
         operations=2 * moe.top_k * weights * num_positions,
+        pieces=tuple(("experts", moe.num_experts * count * config.d_model * config.expert_dim)
+                     for count in ((2, 1) if config.is_gated else (1, 1))),
     )
     shared_dim = moe.num_shared_experts * config.expert_dim
     shared = feed_forward(config, num_positions, shared_dim) if shared_dim else Form()
@@ -219,7 +227,7 @@ def _vit_layers(config: ModelConfig, rows: int) -> list[LayerForm]:
     if vision.is_mae:
         head = _mae_head(config, seen + num_cls)
     else:
-        first += Form(whole_matrices=vision.num_positions * width)
+        first += matrix(vision.num_positions * width, is_cut=False)
         head = vocabulary_head(config, rows, 1) + Form(cut_vectors=rows)
     blocks = [LayerForm(f"blocks.{index}", block(config, index, seen + num_cls), is_block=True)
               for index in range(config.num_layers)]

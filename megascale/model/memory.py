@@ -1,12 +1,12 @@
 """Bytes that a rank holds on its device, in closed form and without torch: training state, activations, working memory.
 
 Symbols: P parameters of this rank after tp and pp, n = dp x cp ranks of ZeRO, e bytes of a parameter and activation,
-B rows, A = T / cp positions of attention, t = A / tp with sequence shards and A without, D d_model, F d_ff, H heads, K
-kv heads, C head_dim, p = tp, v rows of the vocabulary on this rank.
+B rows, A positions of the residual stream before tp, D d_model, v rows of the vocabulary on this rank.
 
 State and a block's activations are what `bench.memory` measures on real ranks, to 2 % (docs/parallelism.md); the sum of
 all was not measured. Left out: the device's context, buffers of collectives, gradients of activations and workspaces of
-kernels while a block runs, and what the allocator can't reuse. A compiled block may keep more or less.
+kernels while a block runs, what the allocator can't reuse, the decoder of a MAE and the transform in BERT's head. A
+compiled block may keep more or less.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,14 @@ from dataclasses import dataclass
 from megascale.config.derive import Derived
 from megascale.config.schedules import num_rounds
 from megascale.config.schema import RunConfig
+from megascale.model.block_memory import (
+    Place,
+    block_places,
+    kept_of_block,
+    kept_of_halves,
+    kept_of_products,
+    stream_bytes,
+)
 from megascale.model.rank_share import RankShare
 
 PERSISTENT = 100_000
@@ -24,7 +32,6 @@ BUCKET_ELEMENTS = 50_000_000
 """Gradients on their way at once in ZeRO-2 and 3 (`megascale.engine.ds_config`)."""
 LOGITS_ELEMENTS = 2**26
 """Logits treated at a time (`megascale.model.loss`)."""
-HALVES = ("attention", "feed_forward")
 GIB = 2**30
 
 
@@ -87,89 +94,8 @@ def kept_per_element(share: RankShare) -> float:
 
 
 def small_parameters(share: RankShare) -> int:
-    """Elements of this rank's parameters that DeepSpeed's ZeRO-3 keeps whole; of a LLaMA, with its tables apart."""
-    model, tp, blocks = share.model, share.parallel.tp, share.num_blocks
-    table = model.padded_vocab_size * model.d_model // tp
-    heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    inner = model.ffn_dim * model.d_model // tp
-    matrices = [table] * 2 + [heads * model.d_model // tp, model.d_model**2 // tp, 2 * inner, inner] * blocks
-    return share.parameters.vectors + sum(size for size in matrices if size < PERSISTENT)
-
-
-def kept_of_half(share: RankShare, half: str, *, is_again: bool, is_fused: bool) -> float:
-    """Bytes that half a block keeps from its forward to its backward pass; the output not counted.
-
-    In numbers of e bytes per position of attention unless told otherwise. Again: `recompute: selective` covers it.
-
-    | what                                    | kept          | again     | over  | half         |
-    |-----------------------------------------|---------------|-----------|-------|--------------|
-    | input of the half                       | D             | D         | t     | both         |
-    | statistics of the norm, fp32            | 1 or 2        |           | t     | both         |
-    | input of the widening product           | D             |           | t     | both         |
-    | product of queries, keys and values     | D + 2 K C     | D + 2 K C | A / p | attention    |
-    | rotated queries and keys (llama)        | D + K C       |           | A / p | attention    |
-    | attention's result, log-sum-exp in fp32 | D + H of fp32 |           | A / p | attention    |
-    | widening product of the feed-forward    | F, llama 2 F  | as kept   | A / p | feed-forward |
-    | after the activation (llama: also gate) | F, llama 2 F  |           | A / p | feed-forward |
-    | moe: tokens to experts, their outputs   | 2 k D         | k D       | A     | feed-forward |
-
-    In a moe F is the width of the k experts of a token and of the shared ones together, as if tokens were spread evenly
-    over experts, and each block counts as sparse. `selective` keeps none of its products: the router's, which is small.
-    Attention keeps no scores and dropout no masks: kernels and hashes compute them again. An RMS norm that isn't fused
-    keeps its input and its normalised input in fp32, and in 16 bits not its input as it is. A CPU keeps the statistics
-    of LayerNorm in e bytes.
-
-    Args:
-        is_fused: whether the RMS norm is one kernel, as on a GPU; on a CPU it is several, which keep more.
-    """
-    model, size = share.model, share.bytes
-    width, is_llama = model.d_model, model.is_rotary
-    keys = max(model.kv_heads, share.parallel.tp) * model.head_dim
-    on_stream, product = width * size, (width + 2 * keys) * size
-    rest = (width + (width + keys if is_llama else 0)) * size + 4 * model.num_heads
-    if half == "feed_forward":
-        product = rest = (2 if is_llama else 1) * model.ffn_dim * size
-        if model.moe is not None:
-            return kept_of_sparse_half(share, is_again=is_again)
-    if is_again:
-        return over_positions(share, on_stream, product)
-    unfused = width * (4 if size == 4 else 8 - size) if is_llama and not is_fused else 0
-    statistics = 4 if is_llama else 8 if is_fused else 2 * size
-    return over_positions(share, 2 * on_stream + statistics + unfused, product + rest)
-
-
-def kept_of_sparse_half(share: RankShare, *, is_again: bool) -> float:
-    """What the sparse half of a block keeps, see `kept_of_half`; the RMS norm is one kernel."""
-    model, moe, size = share.model, share.model.moe, share.bytes
-    width, routed = model.d_model * size, moe.top_k * model.d_model * size * share.parallel.tp  # tp doesn't cut it
-    if is_again:
-        return over_positions(share, width, routed)
-    inner = (moe.top_k + moe.num_shared_experts) * model.expert_dim * size
-    return over_positions(share, 2 * width + 4, 2 * routed + (4 if model.is_gated else 2) * inner)
-
-
-def kept_of_block(share: RankShare, *, is_fused: bool, is_chosen: bool = True) -> float:
-    """Bytes that a block keeps on each rank, as the config's recompute says; the output is the next block's input.
-
-    Args:
-        is_chosen: whether `recompute_every` covers the block.
-    """
-    train = share.train
-    if is_chosen and train.recompute == "full":
-        return stream_bytes(share)
-    again = train.recompute_parts if is_chosen and train.recompute == "selective" else ()
-    return sum(kept_of_half(share, half, is_again=half in again, is_fused=is_fused) for half in HALVES)
-
-
-def over_positions(share: RankShare, on_stream: float, cut: float) -> float:
-    """Bytes of a micro-batch, from those per position of the residual stream and of the layers that tp cuts."""
-    positions, tp = share.train.micro_batch_size * share.derived.attention_columns, share.parallel.tp
-    return positions * (on_stream / (tp if share.parallel.is_sequence_parallel else 1) + cut / tp)
-
-
-def stream_bytes(share: RankShare) -> float:
-    """Bytes of the residual stream of a micro-batch on this rank."""
-    return over_positions(share, share.model.d_model * share.bytes, 0)
+    """Elements of this rank's parameters that DeepSpeed's ZeRO-3 keeps whole."""
+    return share.parameters.vectors + sum(size for size in share.matrix_sizes if size < PERSISTENT)
 
 
 def passes_under_way(schedule: str, pp: int, stages_per_rank: int, micro_batches: int, pp_rank: int) -> int:
@@ -247,10 +173,11 @@ def activation_bytes(share: RankShare) -> float:
     Offloaded, only the products that `recompute: selective` keeps stay.
     """
     parallel, train = share.parallel, share.train
-    stages = [[layer for layer in share.stage_plan[stage] if 1 <= layer <= share.model.num_layers]
-              for stage in share.stages]
+    places = block_places(share.model)
+    stages = [[places[layer] for layer in share.stage_plan[stage] if layer in places] for stage in share.stages]
     kept = [
-        sum(kept_on_device(share, (layer - 1) % train.recompute_every == 0) for layer in blocks) + stream_bytes(share)
+        sum(kept_on_device(share, place, place.number % train.recompute_every == 0) for place in blocks)
+        + stream_bytes(share)
         for blocks in stages
     ]
     passes = passes_under_way(
@@ -258,13 +185,12 @@ def activation_bytes(share: RankShare) -> float:
     return passes * max(kept)
 
 
-def kept_on_device(share: RankShare, is_chosen: bool) -> float:
+def kept_on_device(share: RankShare, place: Place, is_chosen: bool) -> float:
     """What a block keeps on the device."""
-    kept = kept_of_block(share, is_fused=True, is_chosen=is_chosen)
     if not share.train.offload_activations:
-        return kept
+        return kept_of_block(share, place, is_fused=True, is_chosen=is_chosen)
     again = share.train.recompute_parts if is_chosen and share.train.recompute == "selective" else ()
-    return sum(kept_of_half(share, half, is_again=True, is_fused=True) - stream_bytes(share) for half in again)
+    return kept_of_products(share, place, again)
 
 
 def working_bytes(share: RankShare) -> float:
@@ -275,8 +201,10 @@ def working_bytes(share: RankShare) -> float:
     fp32, and a chunk of logits, as they are, in fp32 and as gradients.
     """
     parallel, size = share.parallel, share.bytes
-    whole = sum(kept_of_half(share, half, is_again=False, is_fused=True) for half in HALVES)
-    at_block = whole - kept_of_block(share, is_fused=True)
+    at_block = max(
+        kept_of_halves(share, place, (), is_fused=True) - kept_of_block(share, place, is_fused=True)
+        for place in set(block_places(share.model).values())
+    )
     at_loss = 0.0
     if share.has_head:
         table = share.model.padded_vocab_size * share.model.d_model // parallel.tp

@@ -9,7 +9,7 @@ import torch
 
 from megascale.model.attention_mask import AttentionMask
 from megascale.model.context import Context
-from megascale.model.generate import LanguageModel
+from megascale.model.generate import LanguageModel, window_of
 from megascale.model.kv_cache import KvCache, NoCache, seen_so_far
 from megascale.model.pair_context import build_pair_context
 
@@ -18,7 +18,8 @@ class PairRows:
     """Says what may follow rows of the decoder that read these sources; see `megascale.model.generate.Continuation`.
 
     With a cache the first call runs the encoder, and keeps each block's keys and values of its output; later calls
-    run the decoder alone, on the last token of each row. All rows have the same length.
+    run the decoder alone, on the last token of each row. Rows begin alike and grow together; one that came to its end
+    grows no more, and what it is given from then on means nothing.
 
     Args:
         sources: tokens of the encoder for each row, as in training with the end token behind them.
@@ -42,13 +43,13 @@ class PairRows:
 
     def __call__(self, rows: list[list[int]]) -> torch.Tensor:
         """Logits (B, V) of the token after each row of the decoder, fp32 on the CPU."""
-        device, num_target = self.model.device, len(rows[0])
+        device, longest = self.model.device, max(map(len, rows))
         if self.keeps and self.is_read:
             tokens_BU = torch.tensor([row[-1:] for row in rows])
-            context = self._next_context(num_target)
+            context = self._next_context(longest)
         else:
-            tokens_BU = torch.cat((self.source_BS, torch.tensor(rows)), dim=1)
-            context = self._first_context(num_target)
+            tokens_BU = torch.cat((self.source_BS, window_of(rows, longest)[0]), dim=1)
+            context = self._first_context(longest)
             self.is_read = True
         last_B = torch.full((len(rows),), len(context.mask.columns_T) - 1, device=device)
         return self.model(tokens_BU.to(device), context, last_B=last_B).float().cpu()

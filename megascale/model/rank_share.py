@@ -1,5 +1,6 @@
 """What one rank of a layout holds of the model: its stages, layers and parameters, counted without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -7,7 +8,9 @@ from megascale.config.derive import Derived
 from megascale.config.model import ModelConfig
 from megascale.config.schema import RunConfig
 from megascale.config.target import target_len
+from megascale.config.vision import num_visible_patches
 from megascale.model.flops import block_layers, layer_costs, sum_forms
+from megascale.model.layer_forms import MASKED_PATCHES
 from megascale.parallel.layout import Layout
 from megascale.parallel.stages import plan_stages, stages_of_rank
 
@@ -53,6 +56,7 @@ class RankShare:
     Attributes:
         at: its place on each axis.
         zero_ranks: ranks that ZeRO shares out over, dp x cp.
+        expert_ranks: those of them that hold the same experts.
         bytes: of a parameter and of an activation.
         micro_batches: of a step.
     """
@@ -64,6 +68,7 @@ class RankShare:
         self.layout = Layout(pp=parallel.pp, dp=derived.dp, cp=parallel.cp, tp=parallel.tp, ep=parallel.ep)
         self.at = self.layout.coordinates(rank)
         self.zero_ranks = derived.dp * self.parallel.cp
+        self.expert_ranks = self.zero_ranks // self.parallel.ep
         self.bytes = BYTES[config.precision.dtype]
         self.micro_batches = derived.num_micro_batches
 
@@ -96,10 +101,31 @@ class RankShare:
     def num_blocks(self) -> int:
         return len(self.layers & block_layers(self.model))
 
+    def positions_of(self, stack: str) -> int:
+        """Positions of a row in a stack of blocks on this rank, before tp cuts them: of images the visible patches."""
+        vision = self.model.vision
+        if vision is not None:
+            hidden = vision.num_patches - num_visible_patches(vision.num_patches, MASKED_PATCHES)
+            return vision.num_positions - hidden * vision.is_mae
+        return target_len(self.config) if stack == "decoder" else self.derived.attention_columns
+
+    @property
+    def positions(self) -> int:
+        """Positions of a row in the residual stream: of both stacks, where there are two."""
+        return self.positions_of("") + self.positions_of("decoder") * self.model.traits.has_decoder
+
     @property
     def hidden(self) -> int:
-        """Bytes of the hidden state of a micro-batch, at all positions of attention."""
-        return self.train.micro_batch_size * self.derived.attention_columns * self.model.d_model * self.bytes
+        """Bytes of the hidden state of a micro-batch, before tp cuts it."""
+        return self.train.micro_batch_size * self.positions * self.model.d_model * self.bytes
+
+    @cached_property
+    def matrix_sizes(self) -> list[int]:
+        """Elements of each decayed parameter of this rank."""
+        tp, form = self.parallel.tp, sum_forms(self.model, self.layers)
+        sizes = [size // {"cut": tp, "whole": 1, "experts": tp * self.parallel.ep}[kind] for kind, size in form.pieces]
+        has_copy = self.model.is_tied and self.has_head and not self.has_embedding
+        return sizes + [self.model.padded_vocab_size * self.model.d_model // tp] * has_copy
 
     @cached_property
     def parameters(self) -> ParameterCounts:
@@ -118,7 +144,24 @@ class RankShare:
             experts=experts,
         )
 
+    @property
+    def num_sparse(self) -> int:
+        """Sparse blocks of this rank."""
+        blocks = sorted(block_layers(self.model))
+        return len(self.layers & {blocks[index] for index in self.model.sparse_blocks})
+
     def flat_parameters(self, ranks: int) -> int:
-        """Elements of both flat groups with their padding, each shared out over some ranks."""
-        unit = ALIGNMENT * ranks
-        return sum(max(1, -(-group // unit)) * unit for group in (self.parameters.matrices, self.parameters.vectors))
+        """Elements of both flat groups with their padding, each shared out over some ranks. With expert parallelism
+        those of experts aren't among them."""
+        counts = self.parameters
+        return padded((counts.matrices - (counts.experts if self.parallel.ep > 1 else 0), counts.vectors), ranks)
+
+    def flat_experts(self, ranks: int) -> int:
+        """The same of the groups into which expert parallelism puts experts; there are no vectors among them."""
+        return padded((self.parameters.experts, 0), ranks) if self.parallel.ep > 1 else 0
+
+
+def padded(groups: Iterable[int], ranks: int) -> int:
+    """Elements of flat groups with their padding; an empty one has padding only."""
+    unit = ALIGNMENT * ranks
+    return sum(max(1, -(-group // unit)) * unit for group in groups)

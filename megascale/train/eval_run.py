@@ -25,13 +25,14 @@ from megascale.data.rows import Corpus
 from megascale.data.stream import build_objective, open_validation
 from megascale.engine.pipeline import build_pipeline
 from megascale.engine.precision import TORCH_DTYPE
-from megascale.errors import CheckpointError, ConfigError
+from megascale.errors import ConfigError
 from megascale.model.context import Context
 from megascale.observe.metrics import derive_bits_per_byte
 from megascale.parallel.mesh import Mesh, build_mesh, read_rank_info
 from megascale.train.build import build_axes, layout_of, own_stages, pipeline_settings
 from megascale.train.evaluate import BATCHES_PER_STAGE, batched, count_labels
-from megascale.train.generate import load_model
+from megascale.train.exact_match import count_exact
+from megascale.train.generate import check_weights, load_model
 from megascale.train.objective import run_objective
 from megascale.train.request import serve_request
 
@@ -52,6 +53,8 @@ class Score:
         perplexity: exp(loss), for objectives over tokens.
         accuracy: share of labels that are the model's first choice; None where there are no classes.
         bits_per_byte: of the text, for next tokens of a whole split.
+        exact_match: share of pairs whose whole target greedy decoding gives; None of other objectives, and over a
+            pipeline.
     """
 
     loss: float
@@ -59,6 +62,7 @@ class Score:
     perplexity: float | None
     accuracy: float | None
     bits_per_byte: float | None
+    exact_match: float | None
 
 
 class Scored(nn.Module):
@@ -67,6 +71,10 @@ class Scored(nn.Module):
     def __init__(self, head: nn.Module):
         super().__init__()
         self.head = head
+
+    def forward(self, *inputs) -> torch.Tensor:
+        """The head's logits."""
+        return self.head(*inputs)
 
     def loss(self, hidden: torch.Tensor, context: Context, labels: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -87,7 +95,7 @@ class Scorer:
         for stage in model.stages:
             stage.head = None if stage.head is None else Scored(stage.head)
             stage.eval()
-        self.stages, self.pipeline = model.stages, None
+        self.model, self.stages, self.pipeline = model, model.stages, None
         if mesh.pp.size > 1:
             settings = pipeline_settings(config, self.axes, mesh)
             self.pipeline = build_pipeline(
@@ -105,6 +113,11 @@ class Scorer:
             total = sum(stage(*self.objective(batch.to(self.mesh.device), 0, None)) for batch in batches)
         return total if total is not None and self.mesh.tp.rank == 0 else torch.zeros(3, dtype=torch.float64)
 
+    def exact(self, batches: list, end: int) -> torch.Tensor:
+        """This rank's share of (pairs whose whole target is written, pairs); (2,) fp64. Every rank calls it."""
+        counts = torch.tensor([count_exact(self.model, batch, end) for batch in batches], dtype=torch.float64)
+        return counts.sum(dim=0) if self.mesh.leads_replica else torch.zeros(2, dtype=torch.float64)
+
 
 def evaluate_checkpoint(
     checkpoint: VerifiedCheckpoint, overrides: list[str], kind: str, max_rows: int | None
@@ -121,9 +134,7 @@ def evaluate_checkpoint(
         CheckpointError: the checkpoint has no such weights.
     """
     info = read_rank_info(dict(os.environ))
-    if not any(key.startswith(f"{kind}/") for key in checkpoint.index.tensors):
-        raise CheckpointError(f"{checkpoint.path}: has no averaged weights; train with optimizer.ema_decay, or leave"
-                              " out --ema")
+    check_weights(checkpoint, kind)
     config = evaluation_config(checkpoint, overrides, info.world_size)
     derived = derive(config, info.world_size, source=str(checkpoint.path))
     validation = open_validation(config)
@@ -149,7 +160,10 @@ def evaluation_config(checkpoint: VerifiedCheckpoint, overrides: list[str], worl
     parallel, train = config.parallel, config.train
     dp = max(1, world_size // (parallel.tp * parallel.pp * parallel.cp))
     rows = train.micro_batch_size * dp * BATCHES_PER_STAGE * parallel.pp
-    return config.model_copy(update={"train": train.model_copy(update={"global_batch_tokens": rows * train.seq_len})})
+    update = {"train": train.model_copy(update={"global_batch_tokens": rows * train.seq_len})}
+    if config.model.traits.has_decoder:  # it writes position by position, which leaves nothing to deal out
+        update["parallel"] = parallel.model_copy(update={"sequence_parallel": False})
+    return config.model_copy(update=update)
 
 
 def score_corpus(
@@ -157,13 +171,16 @@ def score_corpus(
 ) -> Score:
     """The score on one split, the same on every rank."""
     mesh, kind = scorer.mesh, config.objective_kind
-    sums, num_labels = torch.zeros(3, dtype=torch.float64), 0
+    sums, exact, num_labels = torch.zeros(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 0
     objective, micro_rows = build_objective(config, validation), config.train.micro_batch_size
     batches = evaluation_batches(corpus, objective, micro_rows, mesh.dp_rank, mesh.layout.dp, max_rows)
     for together in batched(batches, BATCHES_PER_STAGE * mesh.pp.size):
         sums += scorer.sums(together)
+        if kind == "pairs" and mesh.pp.size == 1:
+            exact += scorer.exact(together, corpus.manifest.eos_id)
         num_labels += count_labels(together) if mesh.leads_replica else 0
-    loss_sum, hits, chances, labels = mesh.control_sum([*sums.tolist(), num_labels], dtype=torch.float64)
+    totals = mesh.control_sum([*sums.tolist(), *exact.tolist(), num_labels], dtype=torch.float64)
+    loss_sum, hits, chances, right, pairs, labels = totals
     loss, labels = loss_sum / labels, int(labels)
     is_whole = max_rows is None or max_rows >= corpus.num_rows
     return Score(
@@ -173,6 +190,7 @@ def score_corpus(
         accuracy=hits / chances if chances else None,
         bits_per_byte=derive_bits_per_byte(loss, labels, corpus.manifest.text_bytes)
         if kind == "causal" and is_whole else None,
+        exact_match=right / pairs if pairs else None,
     )
 
 
@@ -185,6 +203,8 @@ def describe(score: Score, hit_name: str) -> str:
         parts.append(f"{score.bits_per_byte:.4f} bits per byte")
     if score.accuracy is not None:
         parts.append(f"{hit_name} {score.accuracy:.2%}")
+    if score.exact_match is not None:
+        parts.append(f"whole targets written {score.exact_match:.2%}")
     return ", ".join([*parts, f"{score.num_labels:,} labels"])
 
 

@@ -62,13 +62,22 @@ def load_model(
     return model.eval()
 
 
+def check_weights(checkpoint: VerifiedCheckpoint, kind: str) -> None:
+    """Refuses a copy of the weights that a checkpoint doesn't have. Raises CheckpointError."""
+    if not any(key.startswith(f"{kind}/") for key in checkpoint.index.tensors):
+        raise CheckpointError(f"{checkpoint.path}: has no averaged weights; train with optimizer.ema_decay, or leave"
+                              " out --ema")
+
+
 class SharedModel:
     """A model whose layers several ranks share, as generation asks for it; every rank calls it with the same rows."""
 
-    def __init__(self, checkpoint: VerifiedCheckpoint, config: RunConfig, mesh: Mesh, dtype: torch.dtype):
+    def __init__(
+        self, checkpoint: VerifiedCheckpoint, config: RunConfig, mesh: Mesh, dtype: torch.dtype, kind: str = "master"
+    ):
         self.config, self.mesh, self.device = config.model, mesh, mesh.device
         self.axes = build_axes(config, mesh)
-        model = load_model(checkpoint, config, self.axes, list(own_stages(config, mesh).values()))
+        model = load_model(checkpoint, config, self.axes, list(own_stages(config, mesh).values()), kind)
         self.model = model.to(mesh.device, dtype)
         self.pipeline = None
         if mesh.pp.size > 1:
@@ -87,24 +96,29 @@ class SharedModel:
 
 
 def open_model(
-    checkpoint: VerifiedCheckpoint, layout: Layout, dtype: torch.dtype = torch.float32
+    checkpoint: VerifiedCheckpoint, layout: Layout, dtype: torch.dtype = torch.float32, kind: str = "master"
 ) -> Transformer | SharedModel:
     """The checkpoint's model over the ranks of a layout, or in this process when that is one rank.
 
+    Args:
+        kind: of the checkpoint's tensors to take as weights.
+
     Raises:
+        CheckpointError: it has no such weights.
         ConfigError: the layout doesn't fit the model, or the model writes no text.
     """
+    check_weights(checkpoint, kind)
     config = parse_config(checkpoint.index.run.config, source=str(checkpoint.path))
     if not config.model.traits.is_causal:
         raise ConfigError(f"{checkpoint.path}: a {config.model.family} model doesn't continue texts; megascale eval RUN"
                           " says how well it does what it was trained for")
     if layout.world_size == 1:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_model(checkpoint, config).to(device, dtype)
+        return load_model(checkpoint, config, kind=kind).to(device, dtype)
     parallel = ParallelConfig(tp=layout.tp, pp=layout.pp, zero_stage=0, sequence_parallel=False, schedule="gpipe")
     config = config.model_copy(update={"parallel": parallel})
     derive(config, layout.world_size, source=str(checkpoint.path))
-    return SharedModel(checkpoint, config, build_mesh(layout, read_rank_info(dict(os.environ))), dtype)
+    return SharedModel(checkpoint, config, build_mesh(layout, read_rank_info(dict(os.environ))), dtype, kind)
 
 
 @dataclass(frozen=True)
@@ -190,14 +204,19 @@ class Writer:
         self.say(f"{self.wanted.prompts[prompt] if self.shows_prompt else ''}{text}", flush=True)
 
 
-def write_texts(run_folder: Path, step: int | None, wanted: Wanted, layout: Layout, dtype: str) -> None:
+def write_texts(
+    run_folder: Path, step: int | None, wanted: Wanted, layout: Layout, dtype: str, kind: str = "master"
+) -> None:
     """Prints what is wanted, from a run's checkpoint, to the standard output of the first rank.
+
+    Args:
+        kind: see `open_model`.
 
     Raises:
         CheckpointError, DataError: no whole checkpoint, or no tokenizer to read and write text with.
         ConfigError: a layout or a model that can't generate.
     """
-    model = open_model(peek_checkpoint(peek_run_store(run_folder), step), layout, TORCH_DTYPE[dtype])
+    model = open_model(peek_checkpoint(peek_run_store(run_folder), step), layout, TORCH_DTYPE[dtype], kind)
     tokenizer = load_tokenizer(run_folder / TOKENIZER_FILE)
     run_file = read_run_file(run_folder)
     if run_file is None:
@@ -242,7 +261,8 @@ def serve(values: dict) -> None:
         use_cache=values["use_cache"],
         as_json=values["as_json"],
     )
-    write_texts(Path(values["run_folder"]), values["step"], wanted, Layout(**values["layout"]), values["dtype"])
+    layout, kind = Layout(**values["layout"]), "ema" if values["ema"] else "master"
+    write_texts(Path(values["run_folder"]), values["step"], wanted, layout, values["dtype"], kind)
 
 
 if __name__ == "__main__":

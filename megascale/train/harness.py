@@ -7,6 +7,7 @@ Source of the interface: lm-evaluation-harness, docs/model_guide.md.
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import ConfigError
 from megascale.model.generate import Sampling, draw_rows, open_rows
 from megascale.model.transformer import Transformer
-from megascale.train.generate import load_model
+from megascale.train.generate import check_weights, load_model
 from megascale.train.request import serve_request
 from megascale.train.run_folder import TOKENIZER_FILE
 
@@ -143,9 +144,19 @@ def open_answers(run_folder: Path, step: int | None, kind: str) -> HarnessModel:
     if not config.model.traits.is_causal or config.model.traits.has_decoder:
         raise ConfigError(f"--tasks: the harness asks for next tokens of a text, which a {config.model.family} model"
                           " doesn't give; leave --tasks out")
+    check_weights(checkpoint, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(checkpoint, config, kind=kind).to(device)
     return HarnessModel(model, load_tokenizer(run_folder / TOKENIZER_FILE), read_run_file(run_folder).eos_id)
+
+
+def check_tasks(names: list[str], known: list[str]) -> None:
+    """Refuses tasks that are neither the harness's nor a YAML file of one's own. Raises ConfigError."""
+    for name in names:
+        if name not in known and not (name.endswith(".yaml") and Path(name).is_file()):
+            close = get_close_matches(name, known, 1)
+            raise ConfigError(f"--tasks {name}: lm-evaluation-harness has no such task, and there is no such YAML file"
+                              + (f"; did you mean {close[0]}?" if close else "; lm-eval ls tasks lists them"))
 
 
 def serve(values: dict) -> None:
@@ -155,9 +166,14 @@ def serve(values: dict) -> None:
     answers = open_answers(Path(values["run_folder"]), values["step"], "ema" if values["ema"] else "master")
     from lm_eval import simple_evaluate  # a package that only this needs, and slow to import
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    found = simple_evaluate(model=as_harness_class(LM)(answers), tasks=values["tasks"], limit=values["limit"])
+    tasks = TaskManager()
+    check_tasks(values["tasks"], tasks.all_tasks)
+    found = simple_evaluate(
+        model=as_harness_class(LM)(answers), tasks=values["tasks"], limit=values["limit"], task_manager=tasks
+    )
     print(make_table(found))
 
 

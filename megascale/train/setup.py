@@ -31,7 +31,7 @@ from megascale.data.rows import Corpus
 from megascale.data.stream import Stream, open_stream, open_validation, plan_stream
 from megascale.data.transfer import access_of
 from megascale.engine.base import Engine
-from megascale.model.flops import num_parameters, train_flops_per_token
+from megascale.model.flops import num_active_parameters, num_parameters, train_flops_per_token
 from megascale.observe.build import build_logger
 from megascale.observe.console import say
 from megascale.observe.logger import Logger
@@ -216,6 +216,8 @@ def _build_observers(
     if mesh.rank:
         return Logger(), timer
     facts = dict(describe(config, derived)) | {"parameters": f"{num_parameters(config.model):,}"}
+    if config.model.moe is not None:
+        facts["parameters of a token"] = f"{num_active_parameters(config.model):,}"
     for name, value in [*facts.items(), *plan]:
         say(f"{name:>18}  {value}")
     if (checkpoint := origin.checkpoint) is not None:

@@ -38,7 +38,7 @@ def bounds_of(dtype: str, folder: Path) -> dict[str, float]:
     """
     alone = run_cases([case for case in HALF_PRECISION[dtype] if case.ranks == 1], folder)
     bounds = {kind: SLACK * max(result[kind] for result in alone) for kind in KINDS}
-    return bounds | {"eval_gap": max(bounds["loss_gap"], bounds["eval_gap"])}  # one more loss, of which each has but one
+    return bounds | {"eval_gap": max(bounds["loss_gap"], bounds["eval_gap"])}  # a loss, each has one
 
 
 def main(names: Sequence[str]) -> int:

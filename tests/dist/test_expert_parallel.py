@@ -17,7 +17,8 @@ LAYOUTS = ["ep2_dp4", "ep2_dp4_zero0", "ep4_capacity", "ep2_tp2_without_sequence
 RESUMED = {
     "ep2_dp4": ["ep2_dp4", "dp4_experts", "ep2_tp2", "ep2_pp2"],
     "dp4_experts": ["ep2_tp2"],
-    "ep2_dp4_zero0": ["ep2_dp4_zero0", "ep2_cp2_tp2"],
+    "ep2_dp4_zero0": ["ep2_cp2_tp2"],
+    "ep2_bias": ["ep2_bias", "dp4_bias"],
 }
 
 
@@ -48,5 +49,8 @@ def test_a_checkpoint_goes_on_in_any_layout(tmp_path):
     for result in results:
         assert result["gap"] <= TOLERANCE, result
         assert result["state_equal"], result
+        first, second = result["biases"]
+        assert first == second, result
+        assert bool(first) == any(map(any, first.values())) == result["source"].endswith("bias"), result
         if result["source"] == result["target"]:
             assert result["outputs_equal"], result

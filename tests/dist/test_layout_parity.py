@@ -4,8 +4,8 @@ CI runs the cases that `REPRESENTATIVE` names; `make parity` runs all of `tests/
 In bf16 and fp16 the bound is twice what one layout differs by when its rows are split up otherwise.
 
 Mutations seen to be caught, each by the case in brackets: the mark of parameters that every tp rank has forgotten (tp2,
-tp2_dp2_zero3); gradients of norms not summed over sequence shards (tp2); a tied embedding's two gradients not summed, or
-its copy counted twice (pp2_zero0); the loss as a mean of means over unequal token counts (tp2); equal dropout on the
+tp2_dp2_zero3); gradients of norms not summed over sequence shards (tp2); a tied embedding's two gradients not summed,
+or its copy counted twice (pp2_zero0); the loss as a mean of means over unequal token counts (tp2); equal dropout on the
 sequence shards of tp ranks (tp4_gpt2_dropout), and unequal dropout where they hold the same
 (tp2_dropout_without_sequence_shards); the gradient of a column layer's inputs not summed (tp2_without_sequence_shards);
 the first query heads of a shared kv head on every rank (tp4_one_kv_head); a row layer's bias added on every rank

@@ -15,11 +15,14 @@ import pytest
 from tests.support.ranks import run_ranks
 
 MODULE = "tests.dist.programs.optimizers"
+EXPERTS = {"num_experts": 4, "top_k": 2, "d_expert": 24, "num_dense_layers": 1, "balance": "none"}
 CASES = [
     {"name": "muon_zero1", "model": "llama_uneven", "optimizer": {"kind": "muon"}, "parallel": {},
      "resumed": {"tp": 2, "pp": 2}},
     {"name": "muon_tp2_dp2", "model": "gpt2", "optimizer": {"kind": "muon"}, "parallel": {"tp": 2},
      "resumed": {"zero_stage": 0}},
+    {"name": "muon_ep2_tp2", "model": "moe", "shape": {"moe": EXPERTS}, "optimizer": {"kind": "muon"},
+     "parallel": {"ep": 2, "tp": 2}, "resumed": {"ep": 4}},
     {"name": "muon_again", "model": "llama", "optimizer": {"kind": "muon"}, "parallel": {"tp": 2},
      "resumed": {"tp": 2}},
     {"name": "adafactor_tp2_pp2", "model": "gpt2", "optimizer": {"kind": "adafactor", "learning_rate": 0.01},

@@ -15,8 +15,8 @@ from tests.support.ranks import run_ranks
 MODULE = "tests.dist.programs.zero_parity"
 FP32_TOLERANCE = 1e-6
 LOW_PRECISION_TOLERANCE = {"bf16": (4e-3, 1.5e-2), "fp16": (5e-4, 3e-3)}
-"""(loss, gradient norm) against the fp32 loop. bf16 keeps 8 bits of a number: 2^-8 = 4e-3 of a loss of about 4 nats would
-be 1.6e-2; fp16 keeps 11 bits, an eighth of that. The bounds are about 4 times what was seen on this model."""
+"""(loss, gradient norm) against the fp32 loop. bf16 keeps 8 bits of a number: 2^-8 = 4e-3 of a loss of about 4 nats
+would be 1.6e-2; fp16 keeps 11 bits, an eighth of that. The bounds are about 4 times what was seen on this model."""
 
 
 def run_cases(world_size: int, cases: list[dict], folder) -> list[dict]:

@@ -23,6 +23,7 @@ SMALLER = {
     "train": ["train.max_steps=2", "optimizer.horizon_steps=2", *TWO_LAYERS],
     "parity": ["model.num_layers=2", "model.d_model=96"],
     "generate": ["--max-tokens", "5"],
+    "eval": ["--max-rows", "8"],
 }
 
 

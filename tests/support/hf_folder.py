@@ -5,7 +5,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 LLAMA_SHAPE = {
@@ -19,13 +28,14 @@ def build_hf_model(kind: str, **settings):
     """A tiny model whose every weight, norms and biases included, is far from special values.
 
     Args:
-        kind: `gpt2`, `llama` or `mistral`.
+        kind: `gpt2`, `llama`, `mistral` or `qwen3`.
         settings: of its config, beside the tiny shape.
     """
     config_class, model_class, shape = {
         "gpt2": (GPT2Config, GPT2LMHeadModel, GPT2_SHAPE),
         "llama": (LlamaConfig, LlamaForCausalLM, LLAMA_SHAPE),
         "mistral": (MistralConfig, MistralForCausalLM, LLAMA_SHAPE),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, LLAMA_SHAPE),
     }[kind]
     torch.manual_seed(5)
     model = model_class(config_class(**shape | ENDS | settings)).eval()

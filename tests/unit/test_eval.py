@@ -49,7 +49,7 @@ def logprobs(tokens: list[int]) -> torch.Tensor:
 
 
 def test_hits_are_labels_with_the_largest_logit():
-    """To catch: positions without a label counted; hits of the chunk's own rows alone."""
+    """Mutation that must fail it: positions without a label are counted."""
     tokens_BT = torch.randint(0, 61, (3, 16), generator=torch.Generator().manual_seed(0))
     context = build_context(CONFIG, 16, tokens_BT.device)
     with torch.no_grad():
@@ -64,7 +64,6 @@ def test_hits_are_labels_with_the_largest_logit():
 
 
 def test_a_continuation_has_the_sum_of_its_tokens(answers):
-    """To catch: the first token of the continuation left out; a context scored too."""
     ((found, is_greedy),) = answers.loglikelihood(asked("w3 w4 w5", " w6 w7"))
     assert found == pytest.approx(logprobs([3, 4, 5, 6, 7])[-2:].sum().item(), rel=1e-5)
     assert not is_greedy
@@ -75,14 +74,14 @@ def test_a_continuation_has_the_sum_of_its_tokens(answers):
 
 
 def test_of_a_long_context_the_end_is_seen(answers):
-    """To catch: a window cut at the right."""
+    """Mutation that must fail it: the window is cut at the right."""
     words = [1 + index % 60 for index in range(30)]
     ((found, _),) = answers.loglikelihood(asked(" ".join(f"w{n}" for n in words), " w2 w3"))
     assert found == pytest.approx(logprobs([*words, 2, 3][-17:])[-2:].sum().item(), rel=1e-5)
 
 
 def test_a_text_is_scored_once_in_windows(answers):
-    """To catch: windows that overlap, or that leave out the token at their border."""
+    """Mutation that must fail it: a window doesn't see the token before it."""
     words = [1 + 7 * index % 60 for index in range(21)]
     (found,) = answers.loglikelihood_rolling(asked(" ".join(f"w{n}" for n in words)))
     expected = logprobs([0, *words[:16]]).sum() + logprobs(words[15:]).sum()
@@ -98,7 +97,7 @@ def test_an_answer_ends_before_what_ends_it(answers):
 
 
 def test_a_graph_computes_what_the_model_does(tmp_path):
-    """Another number of rows and positions than traced, beyond the window. To catch: a window of the traced length."""
+    """Another number of rows and positions than traced, beyond the window."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     write_graph(MODEL, tmp_path / "model.onnx")
@@ -106,7 +105,7 @@ def test_a_graph_computes_what_the_model_does(tmp_path):
 
 
 def test_the_function_of_a_graph_is_the_model():
-    """To catch: a mask without the window."""
+    """With a window shorter than the text."""
     tokens_BT = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(Logits(MODEL)(tokens_BT), MODEL(tokens_BT)[..., :61], rtol=0, atol=1e-4)

@@ -34,6 +34,13 @@ KINDS = {
                                   "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, None),
     "llama_bf16": ("llama", {}, torch.bfloat16),
     "mistral_window": ("mistral", {"sliding_window": 7}, None),
+    "llama_3.1": ("llama", {"head_dim": 12, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0}}, None),
+    "llama_yarn": ("llama", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}}, None),
+    "qwen3_windows": ("qwen3", {"head_dim": 12, "sliding_window": 7, "use_sliding_window": True,
+                                "layer_types": ["sliding_attention", "full_attention"]}, None),
 }
 
 
@@ -59,7 +66,8 @@ def prepare(tmp_path, corpus, kind="llama", dtype=None, **settings):
 def test_imported_model_computes_what_transformers_computes(tmp_path, corpus, kind, settings, dtype):
     """To 1e-5, from an untouched `save_pretrained` folder, and back to the same bits; the moments are zero.
 
-    Mutations caught: queries and keys exchanged in `fuse_qkv`; `rope_theta` or the window left out of the section;
+    Mutations caught: queries and keys exchanged in `fuse_qkv`; `rope_theta`, the stretching of positions or the window
+    left out of the section;
     moments of ones.
     """
     _, folder, config_path = prepare(tmp_path, corpus, kind, dtype, **settings)
@@ -91,15 +99,18 @@ def test_imported_model_computes_what_transformers_computes(tmp_path, corpus, ki
 
 
 @pytest.mark.parametrize(("config", "refused"), {
-    "family": ({"model_type": "bert"}, "model_type is 'bert'"),
-    "rope": (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-    "rope_llama3": (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_scaling"),
+    "family": ({"model_type": "opt"}, "model_type is 'opt'"),
+    "rope": (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+    "rope_llama3": (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+                    "lacks factor, low_freq_factor, high_freq_factor"),
+    "rope_yarn": (LLAMA | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale = 0.7"),
+    "windows": (LLAMA | {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 7,
+                         "layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
     "partial_rotary": (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "attention_bias": (LLAMA | {"attention_bias": True}, "attention_bias = True and mlp_bias = False"),
     "mlp_bias": (LLAMA | {"mlp_bias": True}, "mlp_bias = True"),
     "activation": (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     "pretraining_tp": (LLAMA | {"pretraining_tp": 2}, "pretraining_tp = 2"),
-    "head_dim": (LLAMA | {"head_dim": 16}, "head_dim = 16"),
     "quantized": (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
     "gpt2_activation": (GPT2 | {"activation_function": "relu"}, "activation_function = 'relu'"),
     "gpt2_scale": (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights = False"),
@@ -116,7 +127,8 @@ def test_what_our_model_does_not_compute_is_refused_by_name(config, refused):
 @pytest.mark.parametrize("config", [
     GPT2, GPT2 | {"n_inner": 100, "tie_word_embeddings": False}, LLAMA,
     LLAMA | {"rope_theta": 5e5, "rope_scaling": None}, MISTRAL, MISTRAL | {"sliding_window": None},
-    LLAMA | {"attention_bias": True, "mlp_bias": True},
+    LLAMA | {"attention_bias": True, "mlp_bias": True}, LLAMA | {"model_type": "qwen3"},
+    LLAMA | {"head_dim": 16, "rope_scaling": {"type": "linear", "factor": 2.0}},
 ])
 def test_a_section_is_that_of_the_model_it_makes(config):
     section = model_section(config, "hf")
@@ -126,7 +138,7 @@ def test_a_section_is_that_of_the_model_it_makes(config):
 
 def test_fields_left_out_have_the_values_of_their_classes():
     """As transformers fills them in: another default there would be another model here."""
-    for kind, shape in (("gpt2", GPT2_SHAPE), ("llama", LLAMA_SHAPE), ("mistral", LLAMA_SHAPE)):
+    for kind, shape in (("gpt2", GPT2_SHAPE), *((kind, LLAMA_SHAPE) for kind in ("llama", "mistral", "qwen3"))):
         full = build_hf_model(kind).config.to_dict()
         assert model_section({"model_type": kind} | shape, "short") == model_section(full, "full")
 

@@ -1,11 +1,11 @@
 """Generation with a cache against generation without one, for every family that writes text; beam search likewise.
 
-Mutations that each test is meant to catch are named with it.
+Mutations that a test was seen to catch are named with it.
 """
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from megascale.config.model import ModelConfig
 from megascale.errors import ConfigError
@@ -46,8 +46,8 @@ def decoder(request) -> Transformer:
 def test_tokens_are_those_without_a_cache(decoder, sampling):
     """Prompts of several lengths, through the end of the window (16) and beyond.
 
-    To catch: a step's mask that leaves out the window; positions counted from the longest row's; keys kept before they
-    are turned; one row's keys written to the slot of another; a window that slides without computing its keys anew.
+    Mutations that must fail it: a step's mask leaves out the window; positions are counted from the longest row's; a
+    window slides without computing its keys anew.
     """
     cached, plain = (
         texts(generate(decoder, PROMPTS, 14, sampling, eos_token=END, use_cache=use_cache))
@@ -68,7 +68,6 @@ def test_logits_are_those_without_a_cache(decoder):
 
 
 def test_a_step_copies_one_position_into_memory_of_fixed_size(decoder):
-    """To catch: a cache that joins old and new keys to a new tensor."""
     cached = Cached(decoder, 1, 16)
     with torch.no_grad():
         cached([[1, 2, 3]])
@@ -80,10 +79,7 @@ def test_a_step_copies_one_position_into_memory_of_fixed_size(decoder):
 
 
 def test_bf16_rows_are_continued_as_if_alone():
-    """In bf16 the order of sums shows, so rows are compared with themselves in other company of the same width.
-
-    To catch: logits read at the first column.
-    """
+    """In bf16 the order of sums shows, so rows are compared with themselves in other company of the same width."""
     model = build("llama", num_kv_heads=2).to(torch.bfloat16)
     together = texts(generate(model, [[1, 2, 3], [9, 8, 7]], 8, Sampling(temperature=0)))
     swapped = texts(generate(model, [[9, 8, 7], [1, 2, 3]], 8, Sampling(temperature=0)))
@@ -102,7 +98,7 @@ def pair(request) -> Transformer:
 def test_a_source_is_read_once(pair):
     """An encoder-decoder with sources of several lengths, with and without a cache.
 
-    To catch: the encoder's padding seen by the decoder; the bias of a step as of position 0.
+    Mutations that must fail it: the decoder sees the encoder's padding; a step's bias is that of position 0.
     """
     sources = [[*prompt, END] for prompt in PROMPTS]
     found = [
@@ -116,6 +112,26 @@ def test_a_source_is_read_once(pair):
     assert texts(draw_rows(together, [[END]] * 3, 12, greedy, None))[1] == texts(
         draw_rows(alone, [[END]], 12, greedy, None)
     )[0]
+
+
+def test_a_row_that_ends_leaves_the_others_as_they_are(pair):
+    """The first row ends long before another.
+
+    Seen to catch: positions of a step counted by the first row.
+    """
+    sources = [[*prompt, END] for prompt in PROMPTS]
+
+    def write(sources: list[list[int]], end: int | None, use_cache: bool) -> list[list[int | None]]:
+        follow = PairRows(pair, sources, 13, END, use_cache=use_cache)
+        return texts(draw_rows(follow, [[END]] * len(sources), 12, Sampling(seed=2), end))
+
+    free = write(sources, None, True)
+    end = free[0][2]
+    assert max(len(cut(row, end)) for row in free) > 8
+    for use_cache in (True, False):
+        for written, whole in zip(write(sources, end, use_cache), free, strict=True):
+            expected = cut(whole, end)
+            assert written == expected + [None] * (len(written) - len(expected))
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +154,8 @@ def both_gpt2() -> tuple[Transformer, GPT2LMHeadModel]:
 def test_a_search_gives_what_transformers_gives(both_gpt2, num_beams, length_penalty):
     """All beams in their order, with their scores, with and without a cache; END ends some of them early.
 
-    To catch: a penalty by the length without the end token; a search that stops at the first ended beam; beams whose
-    cache isn't reordered; beams that are all alike from the first step on.
+    Mutations that must fail it: the penalty is by the length without the end token; all beams are alike from the first
+    step on.
     """
     ours, theirs = both_gpt2
     settings = BeamSettings(num_beams, num_beams, length_penalty)
@@ -160,6 +176,52 @@ def test_a_search_gives_what_transformers_gives(both_gpt2, num_beams, length_pen
     assert num_ended > 1
 
 
+@pytest.mark.parametrize("name", ["t5", "t5, gated"])
+@pytest.mark.parametrize(("num_beams", "length_penalty"), [(3, 0.0), (4, 1.0)])
+def test_a_search_of_an_encoder_gives_what_transformers_gives(name, num_beams, length_penalty):
+    """All beams of T5 in their order, with their scores, with and without a cache; END ends some of them early.
+
+    To catch: keys of the decoder that don't follow their beam; a decoder that begins with another token.
+    """
+    ours = build("t5", **PAIRS[name])
+    theirs, num_ended = their_t5(ours), 0
+    settings = BeamSettings(num_beams, num_beams, length_penalty)
+    for source in ([1, 2, END], [7, 8, 9, 10, 11, END], [5, END]):
+        follow = PairRows(ours, [source] * num_beams, 9, END, use_cache=True)
+        end = beam_search(follow, [END], 8, None, settings)[1].tokens[2]  # so that some beams end
+        found = theirs.generate(
+            torch.tensor([source]), attention_mask=torch.ones(1, len(source), dtype=torch.int64), max_new_tokens=8,
+            num_beams=num_beams, num_return_sequences=num_beams, length_penalty=length_penalty, do_sample=False,
+            eos_token_id=end, pad_token_id=end, decoder_start_token_id=END, return_dict_in_generate=True,
+            output_scores=True,
+        )
+        expected = [cut(row[1:].tolist(), end) for row in found.sequences]
+        num_ended += sum(end in tokens for tokens in expected)
+        for use_cache in (True, False):
+            follow = PairRows(ours, [source] * num_beams, 9, END, use_cache=use_cache)
+            best = beam_search(follow, [END], 8, end, settings)
+            assert [each.tokens for each in best] == expected
+            assert [each.score for each in best] == pytest.approx(found.sequences_scores.tolist(), rel=1e-4)
+    assert num_ended > 1
+
+
+def their_t5(ours: Transformer) -> T5ForConditionalGeneration:
+    """The model of transformers with the same weights."""
+    config = ours.config
+    theirs = T5ForConditionalGeneration(T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, layer_norm_epsilon=config.norm_eps,
+        feed_forward_proj="gated-gelu" if config.is_gated else "relu", tie_word_embeddings=config.is_tied,
+        dropout_rate=0.0,
+    ))
+    if not config.is_tied:  # transformers 5 ties a head until it has loaded another one
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())
+    named = {placement.name: parameter.detach() for parameter, placement in ours.placements().items()}
+    assert not theirs.load_state_dict(to_hf(config, named), strict=False).unexpected_keys
+    if config.is_tied:
+        theirs.tie_weights()
+    return theirs.eval()
+
+
 def cut(tokens: list[int], end: int) -> list[int]:
     """Tokens up to the end token."""
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
@@ -172,7 +234,7 @@ def test_a_search_of_width_one_is_greedy(both_gpt2):
 
 
 def test_an_encoder_is_searched_with_and_without_a_cache(pair):
-    """To catch: keys of the encoder's output moved with the beams of the decoder."""
+    """Mutation that must fail it: the cache isn't reordered with the beams."""
     settings, source = BeamSettings(4, 4, 1.5), [[9, 8, 7, 6, END]] * 4
     cached, plain = (
         beam_search(PairRows(pair, source, 11, END, use_cache=use_cache), [END], 10, END, settings)

@@ -60,7 +60,9 @@ def build_ours(config: ModelConfig, weights: dict[str, torch.Tensor]):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_logits_and_loss_are_those_of_transformers(kind):
-    """Seen to catch: the tanh form of GELU in the head's transform, segments left out, norms before the sum."""
+    """Seen to catch: the tanh form of GELU in the head's transform, segments left out, norms before the sum,
+    the bias left out of the loss.
+    """
     config = ModelConfig(**CONFIGS[kind])
     weights = random_weights(config)
     ours, theirs = build_ours(config, weights), build_theirs(kind, config, weights)
@@ -88,7 +90,7 @@ def test_logits_and_loss_are_those_of_transformers(kind):
 
 
 def test_gradients_of_the_fused_head_are_those_of_its_logits():
-    """In fp64 to 1e-12. Seen to catch: the bias left out of the loss, its gradient not multiplied."""
+    """Seen to catch: the bias's gradient not multiplied by that of the loss."""
     config = ModelConfig(**CONFIGS["pairs"])
     fused = build_ours(config, random_weights(config)).double()
     plain = copy.deepcopy(fused)
@@ -127,7 +129,7 @@ def test_a_ring_both_ways_sees_every_key_in_every_step(source):
 
 
 def test_padding_changes_nothing():
-    """Seen to catch: padding seen by the text, since no causal order hides it."""
+    """Seen to catch: padding that isn't a document of its own."""
     run = case_config(LayoutCase("bert", 1, {}, "bert"))
     model, masked = build_ours(run.model, random_weights(run.model)), build_test_masked(run)
     batch = batch_of(masked, 61, 1, range(1, 2))

@@ -11,6 +11,7 @@ from megascale.config.resume_rules import (
     batch_ramp_until,
     check_allowed_keys,
     class_of,
+    class_of_change,
     config_keys,
 )
 from megascale.errors import ConfigError
@@ -54,6 +55,17 @@ def test_every_key_of_the_schema_has_one_class_and_every_rule_has_a_key():
 def test_classes(key, kind):
     assert class_of(key)[0] is kind
     assert bool(class_of(key)[1]) == (kind is ChangeKind.FORBIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [("loss", "none", ChangeKind.MATHS), ("loss", "bias", ChangeKind.FORBIDDEN),
+     ("bias", "none", ChangeKind.FORBIDDEN)],
+)
+def test_a_run_does_not_change_to_biases_that_its_checkpoint_lacks(old, new, kind):
+    found, reason = class_of_change("model.moe.balance", old, new)
+    assert found is kind
+    assert ("has the biases of the experts" in reason) == (kind is ChangeKind.FORBIDDEN)
 
 
 def test_keys_that_may_be_allowed(config):

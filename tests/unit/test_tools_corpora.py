@@ -2,13 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.corpora import cut_source, find_source, python_stdlib_folder
-from data_tools.readers import ReadCounts, read_documents, read_piece, split_text
+from data_tools.readers import PAIR_SEPARATOR, ReadCounts, read_documents, read_piece, split_text
 from megascale.errors import DataError
 
 
@@ -182,3 +183,32 @@ def test_endless_line_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").rename(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"a.txt is longer than 100 bytes, .*--separator for text files"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "lines"), [
+    ("a.jsonl", ['{"source": "one", "target": "two"}', "", '{"source": "tab\\tin", "target": "it"}']),
+    ("a.tsv", ["one\ttwo", "", "no quotes: \"x\ty"]),
+])
+def test_a_line_is_a_pair(tmp_path, name, lines):
+    """Caught: the fields of JSON asked of a line of a table."""
+    (tmp_path / name).write_text("\n".join(lines) + "\r\n")
+    source = replace(find_source(str(tmp_path / name), text_field="source"), target_field="target")
+    counts, pieces = ReadCounts(), [piece for chunk in cut_source(source, 10) for piece in chunk]
+    texts = [document.text for piece in pieces for document in read_piece(source, piece, counts)]
+    assert [text.split(PAIR_SEPARATOR) for text in texts] == [
+        ["one", "two"], ["tab\tin", "it"] if name == "a.jsonl" else ['no quotes: "x', "y"]
+    ]
+    assert counts.empty == 1
+
+
+@pytest.mark.parametrize(("name", "line", "words"), [
+    ("a.tsv", "one", "line 1 has 1 columns; a pair has two"),
+    ("a.tsv", "one\t ", "line 1 isn't a pair: a text is empty"),
+    ("a.txt", "one\ttwo", "pairs are read from .jsonl or .tsv"),
+])
+def test_what_is_no_pair_is_refused(tmp_path, name, line, words):
+    (tmp_path / name).write_text(line)
+    source = replace(find_source(str(tmp_path / name), text_field="source"), target_field="target")
+    ((piece,),) = cut_source(source, 1000)
+    with pytest.raises(DataError, match=words):
+        list(read_piece(source, piece, ReadCounts()))

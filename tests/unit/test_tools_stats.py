@@ -11,6 +11,7 @@ from data_tools.cli import app
 from data_tools.count import count_rows
 from data_tools.stats import corpus_stats, format_stats
 from megascale.config.data import CorpusConfig, DataConfig
+from megascale.data.row_counts import count_command
 from megascale.data.rows import open_corpus
 from megascale.errors import DataError
 from tests.support.corpus import QUIET, make_corpus, synthetic_documents
@@ -96,6 +97,17 @@ def test_count_writes_what_a_run_needs(corpus, tmp_path, fim):
     assert f"{rows.num_rows:,} rows" in lines[0]
     assert [found.name for found in (folder / "train").glob("rows-*")] == [path.name]
     assert path.stat().st_mtime_ns == stamp
+
+
+def test_a_corpus_elsewhere_is_told_how_to_count_rows_that_share_no_token(corpus, tmp_path):
+    """As BERT and T5 read them. Caught mutation: an overlap of 1 whatever was asked for."""
+    folder = shutil.copytree(corpus, tmp_path / "corpus", ignore=shutil.ignore_patterns("rows-*"))
+    source, data = CorpusConfig(folder=str(folder), weight=1), DataConfig(folder=str(folder), packing="bestfit")
+    count_rows(folder, 60, "bestfit", False, overlap=0)
+    (path,) = (folder / "train").glob("rows-*")
+    rows = open_corpus("corpus", source, "train", data, 60, 97, 60, 0)
+    assert [found.name for found in (folder / "train").glob("rows-*")] == [path.name]
+    assert count_command(rows.manifest, rows.packing).endswith(" --seq-len 60 --overlap 0 --packing bestfit")
 
 
 def test_concat_needs_no_counts(corpus):

@@ -1,7 +1,7 @@
 """Runs one rank of the test of expert checkpoints: trains in one layout, saves, and goes on from there in others.
 
-Arguments: a folder, and a JSON object: name of the source layout -> names of the targets, of `tests.support.layouts`,
-all with as many ranks as this run has. Rank 0 prints one JSON result a target.
+Arguments: a folder, and a JSON object: name of the source layout -> names of the targets, of `tests.support.layouts` or
+`BIASED`, all with as many ranks as this run has. Rank 0 prints one JSON result a target.
 """
 
 import json
@@ -24,16 +24,21 @@ from megascale.data.stream import StreamRecord
 from megascale.engine.base import Engine
 from megascale.parallel.mesh import Mesh, RankInfo, close_mesh, join_ranks, lay_out_mesh, read_rank_info
 from megascale.train.build import build_run_engine, layout_of
-from tests.support.layouts import CASES, LEARNING_RATE, ROWS, SEQ_LEN, case_config
+from tests.support import layouts
+from tests.support.layouts import CASES, EXPERTS, LEARNING_RATE, MODELS, ROWS, SEQ_LEN, LayoutCase, case_config
 from tests.support.tiny import batch_of_rows, random_rows
 
 HALF, STEPS = 3, 5
 RECORD = RunRecord("run", {}, "config", StreamRecord({}, ()), {}, {}, ())
+layouts.MODELS["moe_bias"] = MODELS["moe"] | {"moe": EXPERTS | {"balance": "bias", "bias_rate": 0.01}}
+BIASED = {name: LayoutCase(name, 4, parallel, "moe_bias") for name, parallel in
+          [("ep2_bias", {"ep": 2}), ("dp4_bias", {})]}
+"""The plain loop of `layout_parity.py` moves no biases, so these aren't in its table."""
 
 
 def build(name: str, info: RankInfo, device: torch.device) -> tuple[Engine, Mesh, int]:
     """The engine of a layout, and the rows of its micro-batches."""
-    case = CASES[name]
+    case = (CASES | BIASED)[name]
     config = case_config(case)
     mesh = lay_out_mesh(layout_of(config, derive(config, case.ranks, name)), info.rank, device)
     return build_run_engine(config, mesh), mesh, config.train.micro_batch_size
@@ -56,6 +61,11 @@ def take_steps(engine: Engine, mesh: Mesh, size: int, first: int, stop: int) -> 
 def bits(engine: Engine) -> dict[tuple, bytes]:
     """Every piece that lives on this rank, to the bit."""
     return {(piece.key, piece.box): piece.tensor.numpy().tobytes() for piece in engine.state_pieces()}
+
+
+def biases(engine: Engine) -> dict[str, list[float]]:
+    """The biases of the routers, of `balance: bias`."""
+    return {piece.key: piece.tensor.tolist() for piece in engine.state_pieces() if piece.key.startswith("buffer/")}
 
 
 def resume(name: str, folder: Path, info: RankInfo, device: torch.device) -> tuple[Engine, Mesh, list]:
@@ -88,7 +98,7 @@ def main() -> None:
                 gap = max(abs(a - b) for old, new in pairs_of_steps for a, b in zip(old, new, strict=True))
                 print(json.dumps({
                     "source": source, "target": target, "gap": gap, "outputs_equal": outputs == expected,
-                    "state_equal": is_equal,
+                    "state_equal": is_equal, "biases": [biases(first), biases(second)],
                 }), flush=True)
     torch.distributed.barrier()
     close_mesh()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from megascale.checkpoint.retention import Retention
 from megascale.checkpoint.find import find_checkpoint
 from megascale.checkpoint.index import RunRecord
-from megascale.checkpoint.local_store import LocalStore
 from megascale.checkpoint.load import load_pieces
+from megascale.checkpoint.local_store import LocalStore
+from megascale.checkpoint.retention import Retention
 from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.state import RunState
 from megascale.config.training import PrecisionConfig
