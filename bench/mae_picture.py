@@ -76,12 +76,14 @@ def main(run: Path, path: Path) -> None:
         ])
         if panels is None:
             is_hidden_BT1 = is_hidden_BT[..., None]
-            kinds = (wanted_BTP, wanted_BTP.masked_fill(is_hidden_BT1, 0), wanted_BTP.where(~is_hidden_BT1, predicted_BTP))
+            rebuilt_BTP = wanted_BTP.where(~is_hidden_BT1, predicted_BTP)
+            kinds = (wanted_BTP, wanted_BTP.masked_fill(is_hidden_BT1, 0), rebuilt_BTP)
             panels = [as_images(kind[:SHOWN], config) for kind in kinds]
     draw(panels, path)
     num_hidden = validation.num_rows * (config.model.vision.num_patches - stream.objective.num_visible)
     model_error, mean_error = (sums / num_hidden).tolist()
-    print(f"error on hidden patches {model_error:.4f}, of the mean image {mean_error:.4f} ({model_error / mean_error:.1%})")
+    share = model_error / mean_error
+    print(f"error on hidden patches {model_error:.4f}, of the mean image {mean_error:.4f} ({share:.1%})")
 
 
 if __name__ == "__main__":

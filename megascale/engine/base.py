@@ -1,5 +1,6 @@
 """What the training loop and the checkpoint see of an engine: settings, two values and one protocol."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -118,6 +119,7 @@ class Watcher(Protocol):
 class Engine(Protocol):
     """Runs forward, backward and the sharded update; the only object that changes parameters."""
 
+    @abstractmethod
     def train_step(self, micro_batches: Sequence, *, step: int, num_tokens: int, learning_rate: float) -> StepOutput:
         """Runs one optimizer step over this replica's micro-batches, of which each step may have another number.
 
@@ -127,6 +129,7 @@ class Engine(Protocol):
             num_tokens: label tokens of the global batch, by which the loss is divided.
         """
 
+    @abstractmethod
     def evaluate(self, batches: Sequence) -> float:
         """This rank's share of the batches' sum of negative log-likelihoods in nats, without dropout.
 
@@ -134,15 +137,19 @@ class Engine(Protocol):
         that hold none, give 0.0. Every rank calls it with as many batches as its peers.
         """
 
+    @abstractmethod
     def state_pieces(self) -> Iterator[StatePiece]:
         """The fp32 master weights and what the optimizer keeps of them, as far as it lives on this rank."""
 
+    @abstractmethod
     def swap_average(self) -> None:
         """Lets the weights and their moving average change places: called once before an evaluation and once after."""
 
+    @abstractmethod
     def scalars(self) -> dict[str, float]:
         """The scalar part of the optimizer's state: its step count and, in fp16, the loss scaler's values."""
 
+    @abstractmethod
     def restore_scalars(self, scalars: dict[str, float]) -> None:
         """Puts back what `scalars` gave, and refreshes the parameters from the loaded master weights."""
 

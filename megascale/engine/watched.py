@@ -24,6 +24,9 @@ class WatchedEngine(Engine):
     def state_pieces(self) -> Iterator[StatePiece]:
         return chain(self.engine.state_pieces(), *(watcher.state_pieces() for watcher in self.watchers))
 
+    def swap_average(self) -> None:
+        self.engine.swap_average()
+
     def scalars(self) -> dict[str, float]:
         return self.engine.scalars()
 

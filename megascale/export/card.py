@@ -40,23 +40,25 @@ def write_card(index: CheckpointIndex, hf_config: Mapping[str, Any], metrics: It
     metrics = [line for line in metrics if line["step"] <= state.step]
     if model.vision is not None:
         task, what, use = "image-classification", "It tells the class of an image.", [USE_IMAGES]
+        unit = labels = "images"
     else:
         task, what, use = "text-generation", "It is a base model: it continues text.", [
             USE_TEXT,
             f"A text begins after, and ends with, token {hf_config['eos_token_id']}. The longest sequence is"
             f" {model.max_seq_len:,} tokens; training rows had {run.config['train']['seq_len']:,}.",
         ]
+        unit, labels = "tokens", "label tokens"
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- megascale\n"
         f"- {hf_config['model_type']}\n---",
         f"# {_cell(run.config['run']['name'])}",
         f"A {hf_config['architectures'][0]} of {num_parameters(model, has_padding=False):,} parameters, pretrained with"
-        f" megascale {run.code.get('megascale', '')} for {state.step:,} steps on {state.tokens:,} tokens. Exported from"
+        f" megascale {run.code.get('megascale', '')} for {state.step:,} steps on {state.tokens:,} {unit}. Exported from"
         f" the checkpoint of that step. {what}",
         "## Use", *use,
         "## Model", _table(("setting", "value"), _settings(run.config["model"])),
         "## Data", _data_table(index),
-        f"{state.rows:,} rows in all, {state.tokens:,} label tokens. Digest of the stream: `{state.stream_digest}`.",
+        f"{state.rows:,} rows in all, {state.tokens:,} {labels}. Digest of the stream: `{state.stream_digest}`.",
         "## Losses", _losses(index, metrics),
         "## Training", _table(("setting", "value"), [
             *_settings(run.config["optimizer"]), *_settings(run.config["precision"]),

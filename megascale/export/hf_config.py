@@ -90,9 +90,14 @@ def choose_architecture(config: ModelConfig) -> str:
     return rotary_architecture(config)
 
 
-def derive_generation_config(eos_id: int) -> dict[str, Any]:
-    """The values of `generation_config.json`: a text begins after, and ends with, the same token."""
-    return {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+def derive_generation_config(eos_id: int, *, has_decoder: bool) -> dict[str, Any]:
+    """The values of `generation_config.json`: a text begins after, and ends with, the same token.
+
+    Args:
+        has_decoder: whether it is written by a decoder that reads an encoder.
+    """
+    names = ["bos_token_id", "eos_token_id", "pad_token_id", *["decoder_start_token_id"] * has_decoder]
+    return dict.fromkeys(names, eos_id)
 
 
 def derive_tokenizer_config(eos_token: str | None, max_seq_len: int) -> dict[str, Any]:

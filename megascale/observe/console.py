@@ -49,12 +49,14 @@ def describe_train(record: TrainRecord) -> str:
 
 def describe_eval(record: EvalRecord) -> str:
     """The numbers of an evaluation on one line."""
-    parts = [f"validation loss {record.loss:.4f}", f"perplexity {record.perplexity:.2f}"]
+    parts, counted = [f"validation loss {record.loss:.4f}"], "labels"
+    if record.perplexity is not None:
+        parts, counted = [*parts, f"perplexity {record.perplexity:.2f}"], "tokens"
     if record.bits_per_byte is not None:
         parts.append(f"{record.bits_per_byte:.4f} bits/byte")
     if record.ema_loss is not None:
         parts.append(f"{record.ema_loss:.4f} averaged")
-    parts.append(f"{format_count(record.num_tokens)} tokens in {format_duration(record.eval_s)}")
+    parts.append(f"{format_count(record.num_tokens)} {counted} in {format_duration(record.eval_s)}")
     if record.corpora:
         losses = (f"{name} {corpus.loss:.4f}" for name, corpus in record.corpora.items())
         parts.append(f"({', '.join(losses)})")

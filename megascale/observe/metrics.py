@@ -59,7 +59,7 @@ class EvalRecord:
     """One evaluation on the validation split; the first four fields are as in `build_eval_record`.
 
     Attributes:
-        perplexity: exp(loss); infinite where that leaves the range of a float.
+        perplexity: exp(loss); infinite where that leaves the range of a float, None where the loss isn't of tokens.
         bits_per_byte: loss in bits per byte of text, comparable between tokenizers; None when the bytes aren't known.
         corpora: the same for each corpus of a blend; empty where there is one corpus.
         ema_loss: `loss` of the averaged weights; None where they aren't evaluated.
@@ -69,7 +69,7 @@ class EvalRecord:
     loss: float
     num_tokens: int
     eval_s: float
-    perplexity: float
+    perplexity: float | None
     bits_per_byte: float | None
     unix_s: float
     corpora: dict[str, CorpusEval] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class EvalRecord:
 
 def build_eval_record(
     step: int, loss: float, num_tokens: int, num_bytes: int | None, eval_s: float, unix_s: float,
-    corpora: Mapping[str, CorpusEval] | None = None,
+    corpora: Mapping[str, CorpusEval] | None = None, is_of_tokens: bool = True,
 ) -> EvalRecord:
     """Derives perplexity and bits per byte.
 
@@ -90,8 +90,9 @@ def build_eval_record(
         eval_s: seconds that the evaluation took.
         unix_s: wall-clock time.
         corpora: what each corpus of several comes to.
+        is_of_tokens: whether perplexity means anything.
     """
-    perplexity = math.exp(loss) if loss < 700.0 else math.inf
+    perplexity = None if not is_of_tokens else math.exp(loss) if loss < 700.0 else math.inf
     bits_per_byte = derive_bits_per_byte(loss, num_tokens, num_bytes)
     return EvalRecord(step, loss, num_tokens, eval_s, perplexity, bits_per_byte, unix_s, dict(corpora or {}))
 

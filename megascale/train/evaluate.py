@@ -50,6 +50,7 @@ def evaluate(run: Run, step: int, max_rows: int | None) -> EvalRecord | None:
         eval_s=time.perf_counter() - started_s,
         unix_s=time.time(),
         corpora=each if len(each) > 1 else None,
+        is_of_tokens=run.config.model.vision is None,
     )
 
 

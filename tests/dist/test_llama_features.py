@@ -1,10 +1,9 @@
 """A LLaMA with all that may be added to it, and PaLM, train as the plain loop does in every kind of layout, to 1e-6.
 
-Mutations to see caught, each by the case in brackets: the norms of heads not marked as shared by them
-(llama_features_tp2_without_sequence_shards); the gradient of a joined block's input not summed
-(palm_tp2_without_sequence_shards); the slope of bent scores left out in the ring's backward pass
-(llama_features_cp2_ring); linear layers of a joined block that sum by themselves (palm_tp2); the window in global
-blocks, too (llama_features_pp2).
+Mutations seen to be caught, each by the case in brackets: the norms of heads not marked as shared by them
+(llama_features_tp2_without_sequence_shards, norm off by 1.4e-4); the gradient of a joined block's input not summed
+(palm_tp2_without_sequence_shards, 9.6e-2); linear layers of a joined block that sum by themselves (palm_tp2, by their
+shapes). Both sides run the same layers: what these compute is compared in tests/unit/test_model_llama_features.py.
 """
 
 import pytest

@@ -4,8 +4,9 @@ Each case: 6 steps against a plain fp64 loop with the same optimizer over whole 
 another layout; the loss of the averaged weights at the end of both. Within 1e-6 in fp32.
 
 Mutations seen to be caught: partitions not gathered before a matrix is orthogonalised, which only matrices on a border
-between partitions notice, hence five layers (muon_zero1); factors written by every
-tp rank (adafactor_tp2_pp2); the average begun after the first update (groups_zero2).
+between partitions notice, hence five layers (muon_zero1); factors written by every tp rank (adafactor_tp2_pp2); the
+average not put in place of the weights where a model has routers (muon_ep2_tp2); the average begun after the first
+update (groups_zero2).
 """
 
 import json
@@ -20,15 +21,11 @@ CASES = [
     {"name": "muon_zero1", "model": "llama_uneven", "optimizer": {"kind": "muon"}, "parallel": {},
      "resumed": {"tp": 2, "pp": 2}},
     {"name": "muon_tp2_dp2", "model": "gpt2", "optimizer": {"kind": "muon"}, "parallel": {"tp": 2},
-     "resumed": {"zero_stage": 0}},
+     "resumed": {"tp": 2}},
     {"name": "muon_ep2_tp2", "model": "moe", "shape": {"moe": EXPERTS}, "optimizer": {"kind": "muon"},
      "parallel": {"ep": 2, "tp": 2}, "resumed": {"ep": 4}},
-    {"name": "muon_again", "model": "llama", "optimizer": {"kind": "muon"}, "parallel": {"tp": 2},
-     "resumed": {"tp": 2}},
     {"name": "adafactor_tp2_pp2", "model": "gpt2", "optimizer": {"kind": "adafactor", "learning_rate": 0.01},
      "parallel": {"tp": 2, "pp": 2}, "resumed": {}},
-    {"name": "adafactor_zero1", "model": "llama_uneven", "optimizer": {"kind": "adafactor"}, "parallel": {},
-     "resumed": {"tp": 2}},
     {"name": "adafactor_again", "model": "gpt2", "optimizer": {"kind": "adafactor"}, "parallel": {"zero_stage": 0},
      "resumed": {"zero_stage": 0}},
     {"name": "lion_pp2_dp2", "model": "gpt2", "optimizer": {"kind": "lion", "eps": 1.0}, "parallel": {"pp": 2},

@@ -199,6 +199,7 @@ def test_sampling_that_means_nothing(arguments, part, clean):
 
 @pytest.mark.parametrize(("command", "parts"), [
     ("generate", ["is no run folder: it has no run.json"]),
+    ("eval", ["is no run folder: it has no run.json"]),
     ("report", ["metrics.jsonl has no metrics to report"]),
     ("baselines", ["no run here has logged a step; train it first"]),
 ])

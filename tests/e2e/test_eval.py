@@ -1,6 +1,7 @@
 """`megascale eval`: the validation loss of training again, from the checkpoint alone, in any layout.
 
-To catch: shares of tp ranks added up; rows that fill the last batch counted; hits of one tp rank's vocabulary.
+Mutations that must fail it: shares of tp ranks are added up; rows that fill the last batch are counted; hits are those
+of one tp rank's vocabulary.
 """
 
 import json

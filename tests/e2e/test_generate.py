@@ -1,6 +1,7 @@
 """Text from a run by the command line: several prompts at once, with and without a cache, over ranks, searched.
 
-To catch: keys of a cache that is as wide as all heads under tp; samples of a prompt that share one seed.
+Mutations that must fail it: the samples of a prompt share one seed; the layers of a model share one cache; the cache
+isn't reordered with the beams.
 """
 
 import json
@@ -39,13 +40,16 @@ def test_a_search_gives_its_best_texts_over_pipeline_ranks_too(clean):
     best, second = texts(clean, *wanted)
     assert best["score"] >= second["score"]
     assert best["text"] != second["text"]
-    assert [text["text"] for text in texts(clean, *wanted, "--pp", "2", "--no-cache")] == [best["text"], second["text"]]
+    over_ranks = texts(clean, *wanted, "--pp", "2", "--no-cache")
+    assert [text["text"] for text in over_ranks] == [best["text"], second["text"]]
+    assert [text["score"] for text in over_ranks] == pytest.approx([best["score"], second["score"]], rel=1e-5)
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
     (["--samples", "2", "--beams", "2"], "a search draws nothing"),
     (["--best", "2"], "--best 2 is more than --beams 1"),
     (["--prompts-file", "no/such/file"], "no/such/file: can't be read"),
+    (["--ema"], "has no averaged weights; train with optimizer.ema_decay"),
 ])
 def test_what_means_nothing_is_refused(clean, arguments, part):
     done = megascale("generate", clean, *arguments)

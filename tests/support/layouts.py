@@ -86,6 +86,9 @@ def _expert_parallel() -> list[LayoutCase]:
     """Experts over dp, over cp and over both, beside every other axis."""
     return [
         LayoutCase("ep2", 2, {"ep": 2}, "moe"),
+        LayoutCase("tp2_experts", 2, {"tp": 2}, "moe"),
+        LayoutCase("pp2_experts", 2, {"pp": 2, "stage_layers": [1, 2]}, "moe"),
+        LayoutCase("tp2_pp2_experts", 4, {"tp": 2, "pp": 2, "stage_layers": [1, 2]}, "moe"),
         LayoutCase("dp4_experts", 4, {}, "moe"),
         LayoutCase("ep4", 4, {"ep": 4}, "moe"),
         LayoutCase("ep2_dp4", 4, {"ep": 2}, "moe"),

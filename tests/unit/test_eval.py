@@ -11,7 +11,7 @@ from megascale.errors import ConfigError
 from megascale.export.onnx_export import Logits, check_family, check_graph, write_graph
 from megascale.model.context import build_context
 from megascale.model.transformer import build_model
-from megascale.train.harness import HarnessModel, as_harness_class
+from megascale.train.harness import HarnessModel, as_harness_class, check_tasks
 
 CONFIG = ModelConfig(
     family="llama", num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61, max_seq_len=16,
@@ -94,6 +94,15 @@ def test_an_answer_ends_before_what_ends_it(answers):
     assert len(words) == 6
     (cut,) = answers.generate_until(asked("w3 w4", {"until": [words[3]], "max_gen_toks": 6}))
     assert cut == free[: free.index(words[3])]
+
+
+def test_a_task_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "own.yaml").touch()
+    check_tasks(["lambada_openai", str(tmp_path / "own.yaml")], ["hellaswag", "lambada_openai"])
+    with pytest.raises(ConfigError, match=r"--tasks lambada: .*; did you mean lambada_openai\?"):
+        check_tasks(["lambada"], ["hellaswag", "lambada_openai"])
+    with pytest.raises(ConfigError, match=r"--tasks gone\.yaml: .*no such YAML file; lm-eval ls tasks lists them"):
+        check_tasks(["gone.yaml"], ["hellaswag", "lambada_openai"])
 
 
 def test_a_graph_computes_what_the_model_does(tmp_path):

@@ -33,6 +33,8 @@ MODELS = {
         "family": "llama", "num_kv_heads": 2, "tie_embeddings": True, "rope_theta": 5e5, "norm_eps": 1e-3, **SMALL},
     "llama_mqa_bias": {"family": "llama", "num_kv_heads": 1, "bias": True, "d_ff": 80, **SMALL},
     "mistral": {"family": "llama", "num_kv_heads": 2, "window": 7, **SMALL},
+    "t5": {"family": "t5", **SMALL},
+    "t5_gated": {"family": "t5", "activation": "geglu", "tie_embeddings": False, "num_decoder_layers": 1, **SMALL},
 }
 GB = 10**9
 SHARD_BYTES = 50_000

@@ -96,13 +96,13 @@ def pair(request) -> Transformer:
 
 
 def test_a_source_is_read_once(pair):
-    """An encoder-decoder with sources of several lengths, with and without a cache.
+    """An encoder-decoder with sources of several lengths, with and without a cache, beyond max_seq_len (16).
 
     Mutations that must fail it: the decoder sees the encoder's padding; a step's bias is that of position 0.
     """
     sources = [[*prompt, END] for prompt in PROMPTS]
     found = [
-        texts(draw_rows(PairRows(pair, sources, 13, END, use_cache=use_cache), [[END]] * 3, 12, Sampling(seed=2), None))
+        texts(draw_rows(PairRows(pair, sources, 21, END, use_cache=use_cache), [[END]] * 3, 20, Sampling(seed=2), None))
         for use_cache in (True, False)
     ]
     assert found[0] == found[1]

@@ -14,6 +14,7 @@ from megascale.model.families.hf_names import from_hf, to_hf
 from megascale.model.families.hf_t5 import split_key_value
 from megascale.model.flops import block_layers, forward_flops_per_token, layer_costs, num_parameters
 from megascale.model.loss import linear_cross_entropy
+from megascale.model.matrices import split_fused
 from megascale.model.pair_context import build_pair_context
 from megascale.model.relative_bias import relative_bucket
 from megascale.model.transformer import Transformer, build_model
@@ -101,6 +102,15 @@ def test_logits_and_loss_equal_transformers(version):
         )
     assert torch.allclose(logits, expected.logits, atol=1e-5), (logits - expected.logits).abs().max()
     assert abs(loss - expected.loss) < 1e-5
+
+
+def test_fused_keys_and_values_are_matrices_of_their_own():
+    """To Muon and to initial values. Seen to catch: the fused tensor taken as one."""
+    config = ModelConfig(family="t5", **SHAPE, **T5_MODELS["v1.0"])
+    name, fused = "decoder.blocks.0.cross_attention.key_value.weight", torch.randn(2 * config.heads_dim, config.d_model)
+    parts = split_fused(name, fused, config)
+    for part, expected in zip(parts, split_key_value(config, fused), strict=True):
+        assert torch.equal(part.flatten(0, 2), expected)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

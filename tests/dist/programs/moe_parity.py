@@ -39,11 +39,8 @@ layouts.MODELS |= {name: SHAPE | {"num_layers": 2, "moe": moe} for name, moe in 
 layouts.MODELS["mixtral_deep"] = SHAPE | {"num_layers": 4, "moe": EXPERTS["mixtral"]}
 RECOMPUTED, ROW_BY_ROW = {"recompute": "full"}, {"micro_batch_size": 1}
 CASES = {case.name: case for case in [
-    LayoutCase("tp2", 2, {"tp": 2}, "mixtral"),
     LayoutCase("tp2_without_sequence_shards", 2, {"tp": 2, "sequence_parallel": False}, "mixtral"),
-    LayoutCase("tp2_dropping", 2, {"tp": 2}, "dropping"),
     LayoutCase("tp2_deepseek_recompute", 2, {"tp": 2}, "deepseek", train=RECOMPUTED),
-    LayoutCase("pp2_deepseek", 2, {"pp": 2}, "deepseek"),
     LayoutCase("pp2_recompute", 2, {"pp": 2}, "mixtral", train=RECOMPUTED),
     LayoutCase("cp2_ring_dropping", 2, {"cp": 2}, "dropping"),
     LayoutCase("cp2_ulysses_deepseek", 2, {"cp": 2, "context_attention": "ulysses"}, "deepseek"),
@@ -51,12 +48,8 @@ CASES = {case.name: case for case in [
     LayoutCase("dp2_zero3_deepseek", 2, {"zero_stage": 3}, "deepseek", train={"recompute": "selective"}),
     LayoutCase("ep2", 2, {"ep": 2}, "mixtral", train={"recompute": "selective"}),
     LayoutCase("ep2_dropping", 2, {"ep": 2}, "dropping", train=ROW_BY_ROW),
-    LayoutCase("ep2_cp2", 2, {"cp": 2, "ep": 2}, "deepseek"),
-    LayoutCase("ep2_tp2", 4, {"ep": 2, "tp": 2}, "mixtral"),
-    LayoutCase("ep2_pp2", 4, {"ep": 2, "pp": 2}, "mixtral", train=RECOMPUTED),
     LayoutCase("ep4_deepseek", 4, {"ep": 4, "cp": 2}, "deepseek"),
     LayoutCase("pp2_dp2_zero_bubble", 4, {"pp": 2, "schedule": "zero_bubble"}, "mixtral_deep", train=ROW_BY_ROW),
-    LayoutCase("tp2_pp2", 4, {"tp": 2, "pp": 2}, "deepseek"),
     LayoutCase("tp2_dp2_zero3", 4, {"tp": 2, "zero_stage": 3}, "mixtral"),
 ]}
 

@@ -39,6 +39,7 @@ def case_config(case: dict) -> RunConfig:
     return parse_config({
         "run": {"name": "vit", "folder": "unused", "seed": SEED},
         "model": {"family": "vit", "num_layers": 2, "d_model": 32, "num_heads": 4, "vocab_size": CLASSES,
+                  "vocab_multiple": CLASSES + 1,  # so that each of two tp ranks has classes
                   "max_seq_len": num_patches, "vision": vision, "dropout": 0.2 * (case["model"] == "dropout")},
         "data": {"folder": "unused", "packing": "none", "objective": objective},
         "train": {"seq_len": num_patches, "micro_batch_size": 2, "global_batch_tokens": ROWS * num_patches,
