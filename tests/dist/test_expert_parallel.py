@@ -37,7 +37,10 @@ def test_same_as_the_plain_loop(layout, parity):
 
 
 def test_a_checkpoint_goes_on_in_any_layout(tmp_path):
-    """In its own layout to the bit, in others within rounding."""
+    """In its own layout to the bit, in others within rounding; moving biases to the bit in all.
+
+    Mutation seen to be caught: biases loaded into a copy (ep2_bias, 3.9e-5).
+    """
     output = run_ranks(
         "tests.dist.programs.expert_checkpoints", 4, [str(tmp_path), json.dumps(RESUMED)], tmp_path, timeout_s=300
     )[0]

@@ -119,6 +119,7 @@ def test_an_epoch_reads_every_image_once(folder):
 
 
 def test_validation_images_are_neither_cropped_nor_mirrored(folder):
+    """Caught mutation: the objective of training."""
     config = run_config(folder, objective={"crop_min_fraction": 0.3, "flips": True})
     stream, (corpus,) = open_stream(config, derive(config, 1)), open_validation(config)
     batches = list(evaluation_batches(corpus, stream.objective, 4, 0, 1))
@@ -195,6 +196,7 @@ def test_a_flipped_bit_is_found(folder, tmp_path):
 
 
 def test_an_index_is_made_again_from_the_shards(folder, tmp_path):
+    """Caught mutation: the type of tokens."""
     shutil.copytree(folder, tmp_path / "corpus")
     lost = sorted((tmp_path / "corpus").glob("*/index.json")) + sorted((tmp_path / "corpus").glob("*/shards.npy"))
     before = {path: path.read_bytes() for path in lost}

@@ -29,7 +29,7 @@ class Scripted:
 def test_whole_targets_are_counted():
     """Of five pairs two are right, a short and a long one; a row that fills up the batch has no target.
 
-    Seen to catch: the tokens of both compared as far as the shorter one goes; rows without a target counted.
+    Seen to catch: rows without a target counted.
     """
     targets = [[7, 0], [7, 8, 9, 10, 0], [7, 8, 0], [7, 8, 0], [7, 8, 0]]
     written = [[7, 0], [7, 8, 9, 10, 0], [7, 9, 0], [7, 0], [7, 8, 9, 0]]

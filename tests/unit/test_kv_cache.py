@@ -181,7 +181,7 @@ def test_a_search_gives_what_transformers_gives(both_gpt2, num_beams, length_pen
 def test_a_search_of_an_encoder_gives_what_transformers_gives(name, num_beams, length_penalty):
     """All beams of T5 in their order, with their scores, with and without a cache; END ends some of them early.
 
-    To catch: keys of the decoder that don't follow their beam; a decoder that begins with another token.
+    Seen to catch: keys of the decoder that don't follow their beam.
     """
     ours = build("t5", **PAIRS[name])
     theirs, num_ended = their_t5(ours), 0

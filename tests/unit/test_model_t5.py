@@ -81,8 +81,7 @@ def hf_model(config: ModelConfig) -> nn.Module:
 
 @pytest.mark.parametrize("version", T5_MODELS)
 def test_logits_and_loss_equal_transformers(version):
-    """Caught: buckets of the decoder both ways; keys and values in each other's place; a tied head without its factor;
-    scores divided by sqrt(C)."""
+    """Seen to catch: a tied head without its factor."""
     config = ModelConfig(family="t5", **SHAPE, **T5_MODELS[version])
     ours, theirs = filled_model(config), hf_model(config)
     tensors = dict(ours.named_parameters())
@@ -158,7 +157,7 @@ def torch_model(model: Transformer) -> nn.Transformer:
 
 
 def test_the_original_transformer_equals_torch():
-    """Caught: norms before the sums; sines without the embedding's factor; padding of a source that is seen."""
+    """Seen to catch: sines without the embedding's factor."""
     config = ModelConfig(family="transformer", num_layers=2, num_decoder_layers=3, **SHAPE)
     ours = filled_model(config)
     theirs, table = torch_model(ours), ours.get_parameter("embedding.tokens.weight")
@@ -210,7 +209,7 @@ def test_closed_forms(case):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_label_smoothing_equals_torch(softcap):
-    """Caught: the share spread over padded ids too; the label's own part of it left out of the gradient."""
+    """To catch: the share spread over padded ids too; the label's own part of it left out of the gradient."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 16, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(64, 16, generator=generator, dtype=torch.float64).requires_grad_()
