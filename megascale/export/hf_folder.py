@@ -20,10 +20,14 @@ MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 32 << 20
 MAX_TOKENIZER_BYTES = 128 << 20
 EXACT_DTYPES = ("F32", "BF16", "F16")
 """Element types whose every value is an fp32 value too."""
-PREFIXES = {"gpt2": "transformer.", "llama": "model.", "bert": "bert.", "vit": "vit."}
+PREFIXES = {"gpt2": "transformer.", "llama": "model.", "bert": "bert.", "vit": "vit.", "t5": ""}
 """Before all names but the head's; models saved without their head, GPT-2 itself among them, leave it out."""
-BUFFERS = re.compile(r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq|.*\.position_ids")
-"""Masks and wavelengths that old versions stored: constants, not weights."""
+BUFFERS = re.compile(
+    r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq|.*\.position_ids"
+    r"|(en|de)coder\.embed_tokens\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight"
+)
+"""What old versions stored beside the weights: masks, wavelengths, and of T5 the shared table again and a bias that
+nothing reads."""
 HEAD = "lm_head.weight"
 HEADS = (HEAD, "cls.", "classifier.")
 OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
