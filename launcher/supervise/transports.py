@@ -139,20 +139,20 @@ class SlurmTransport:
     def requeue(self, without: Iterable[str]) -> None:
         """Requeues the job under its id, without some nodes, and waits for SLURM to end this life of it.
 
+        SLURM may end it at any moment from the first command on. So the job is never held: were the second command cut
+        off, it would start on any nodes, and the pre-flight would send it back once more. A requeued job waits for the
+        expiry of its credential, 2 minutes by default, which is time enough for the second.
+
         Raises:
             LaunchError: SLURM refused, or lets this life go on.
         """
         is_ended = threading.Event()  # by SIGTERM, which may come before all is said
         signal.signal(signal.SIGTERM, lambda number, frame: is_ended.set())
-        without = [node for node in without if node]
-        if without:
-            scontrol("requeuehold", self.job_id)
-            before = _field(scontrol("-o", "show", "job", self.job_id), "ExcNodeList")
+        before = _field(scontrol("-o", "show", "job", self.job_id), "ExcNodeList")
+        scontrol("requeue", self.job_id)
+        if without := [node for node in without if node]:
             nodes = dict.fromkeys([*without, *(host_names(before) if before not in ("", "(null)") else ())])
             scontrol("update", f"jobid={self.job_id}", f"excnodelist={','.join(nodes)}")
-            scontrol("release", self.job_id)
-        else:
-            scontrol("requeue", self.job_id)
         if not is_ended.wait(ENDED_WITHIN_S):
             raise LaunchError(f"job {self.job_id} was requeued, but SLURM didn't end this life of it")
 

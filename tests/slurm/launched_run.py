@@ -58,7 +58,7 @@ class LaunchedRun:
                 f"{fields['JobState']}, exit code {fields['ExitCode']}\n{self.text()}")
             return fields["JobState"] in states and int(fields["Restarts"]) >= restarts
 
-        self._wait(is_there, f"job {job_id} {states}, restarts {restarts}")
+        self._wait(is_there, f"job {job_id} {states}, restarts {restarts}", fields)
         return fields
 
     @property
@@ -95,10 +95,10 @@ class LaunchedRun:
         audited = megascale("data", "audit", self.folder, "--tokens")
         assert audited.returncode == 0, audited.stdout + audited.stderr
 
-    def _wait(self, condition, what: str) -> None:
+    def _wait(self, condition, what: str, seen: dict[str, str] | None = None) -> None:
         deadline_s = time.monotonic() + LIFE_S
         while not condition():
-            assert time.monotonic() < deadline_s, f"not within {LIFE_S} s: {what}\n{self.text()}"
+            assert time.monotonic() < deadline_s, f"not within {LIFE_S} s: {what}\n{seen or ''}\n{self.text()}"
             time.sleep(0.05)
 
 
