@@ -92,7 +92,6 @@ class RankProcess:
             "rank": self.rank, "code": self.process.returncode, "error": message.strip() if marker else None,
             "tail": text[-4000:], "unix_s": time.time(), "step": beat.step if beat else -1,
             "phase": str(beat.phase) if beat else "start", "log": str(self.log), "oom": self._oom(),
-            "steps_taken": beat.steps_taken if beat else 0,
         }
 
     def _last_beat(self) -> Beat | None:
