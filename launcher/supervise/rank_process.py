@@ -74,7 +74,7 @@ class RankProcess:
         """Asks for stacks and collectives: by the pipe, and by a signal that works without the interpreter."""
         with contextlib.suppress(OSError):
             os.write(self._watch, DUMP_BYTE)
-        self.signal(signal.SIGUSR2)
+        self.signal(DUMP_SIGNAL)
 
     def kill(self) -> None:
         """Ends it and all that it started; a stopped process as well."""
