@@ -7,7 +7,6 @@ cut off must not train on beside the attempt that replaces it.
 import argparse
 import contextlib
 import os
-import secrets
 import selectors
 import shutil
 import signal
@@ -216,9 +215,8 @@ def main() -> None:
     parser.add_argument("--silence", type=float, default=8.0)
     asked = parser.parse_args()
     host, _, port = asked.controller.rpartition(":")
-    about = {"node": asked.node, "pid": os.getpid(), "cores": count_cores(), "id": secrets.token_hex(8)}
     try:
-        channel = connect(host, int(port), read_token(asked.token_file), about)
+        channel = connect(host, int(port), read_token(asked.token_file), {"node": asked.node})
     except (OSError, LaunchError) as error:
         sys.exit(f"error: agent on {asked.node} can't reach the controller at {asked.controller}: {error}")
     Agent(channel, asked.node, asked.silence).run()

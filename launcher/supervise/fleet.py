@@ -26,7 +26,6 @@ class Link:
     node: str
     channel: Channel
     host: str
-    cores: int
     heard_s: float
 
 
@@ -130,7 +129,7 @@ class Fleet:
         node = str(hello.get("node"))
         if node in self.links:  # its old agent is on its way out
             yield self._lose(self.links[node], "another agent of the node has connected")
-        link = Link(node, channel, channel.peer, int(hello.get("cores", 1)), time.monotonic())
+        link = Link(node, channel, channel.peer, time.monotonic())
         self.links[node] = link
         self._selector.register(channel, selectors.EVENT_READ, link)
         yield Event(node, {"type": "hello", **hello})

@@ -74,7 +74,7 @@ class RankProcess:
         """Asks for stacks and collectives: by the pipe, and by a signal that works without the interpreter."""
         with contextlib.suppress(OSError):
             os.write(self._watch, DUMP_BYTE)
-        self.signal(signal.SIGUSR2)
+        self.signal(DUMP_SIGNAL)
 
     def kill(self) -> None:
         """Ends it and all that it started; a stopped process as well."""
@@ -92,7 +92,6 @@ class RankProcess:
             "rank": self.rank, "code": self.process.returncode, "error": message.strip() if marker else None,
             "tail": text[-4000:], "unix_s": time.time(), "step": beat.step if beat else -1,
             "phase": str(beat.phase) if beat else "start", "log": str(self.log), "oom": self._oom(),
-            "steps_taken": beat.steps_taken if beat else 0,
         }
 
     def _last_beat(self) -> Beat | None:

@@ -139,22 +139,35 @@ class SlurmTransport:
     def requeue(self, without: Iterable[str]) -> None:
         """Requeues the job under its id, without some nodes, and waits for SLURM to end this life of it.
 
-        SLURM may end it at any moment from the first command on. So the job is never held: were the second command cut
-        off, it would start on any nodes, and the pre-flight would send it back once more. A requeued job waits for the
-        expiry of its credential, 2 minutes by default, which is time enough for the second.
+        SLURM takes nodes to leave out for waiting jobs only, and may end this life at any moment from the requeue on.
+        So the job is never held, which could be for ever; and SIGTERM, which goes to all processes of the job, waits
+        until both commands are through: a requeued job starts after the expiry of its credential, 2 minutes by
+        default. Is the second one lost all the same, the pre-flight of the next life sends the job back once more.
 
         Raises:
             LaunchError: SLURM refused, or lets this life go on.
         """
-        is_ended = threading.Event()  # by SIGTERM, which may come before all is said
+        is_ended = threading.Event()
         signal.signal(signal.SIGTERM, lambda number, frame: is_ended.set())
-        before = _field(scontrol("-o", "show", "job", self.job_id), "ExcNodeList")
-        scontrol("requeue", self.job_id)
-        if without := [node for node in without if node]:
-            nodes = dict.fromkeys([*without, *(host_names(before) if before not in ("", "(null)") else ())])
-            scontrol("update", f"jobid={self.job_id}", f"excnodelist={','.join(nodes)}")
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # scontrol inherits it
+        try:
+            scontrol("requeue", self.job_id)
+            self._leave_out([node for node in without if node])
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if not is_ended.wait(ENDED_WITHIN_S):
             raise LaunchError(f"job {self.job_id} was requeued, but SLURM didn't end this life of it")
+
+    def _leave_out(self, nodes: list[str]) -> None:
+        """Has the waiting job leave out these nodes too."""
+        if not nodes:
+            return
+        try:
+            before = _field(scontrol("-o", "show", "job", self.job_id), "ExcNodeList")
+            known = host_names(before) if before not in ("", "(null)") else ()
+            scontrol("update", f"jobid={self.job_id}", f"excnodelist={','.join(dict.fromkeys([*nodes, *known]))}")
+        except LaunchError as error:
+            say(f"warning: job {self.job_id} may come back onto {', '.join(nodes)}: {error}")
 
     def close(self) -> None:
         """Ends the steps."""

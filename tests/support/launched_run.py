@@ -20,6 +20,8 @@ from tests.support.ranks import REPOSITORY
 from tests.support.tiny_run import command_environment, megascale, write_config
 
 FAULTY_RANK = "tests.fault.launched.rank"
+CANARY = "canary-0f3b6c1d"
+"""A secret in the environment of every launch; `LaunchedRun.places_of_secret` looks for it."""
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 ROWS_PER_STEP = 8
 LONGEST_S = 240.0
@@ -89,7 +91,8 @@ class LaunchedRun:
         content = {"folder": str(folder), "step_s": step_s, "rows_per_step": ROWS_PER_STEP, "faults": list(faults)}
         (folder / "faults.json").write_text(json.dumps(content | more))
         self._environment = command_environment(
-            MEGASCALE_TEST_PLAN=str(folder / "faults.json"), MEGASCALE_TEST_RANKS=program, PYTHONPATH=str(REPOSITORY)
+            MEGASCALE_TEST_PLAN=str(folder / "faults.json"), MEGASCALE_TEST_RANKS=program, PYTHONPATH=str(REPOSITORY),
+            WANDB_API_KEY=CANARY, SITE_SECRET_TOKEN=CANARY,
         )
         self.process: subprocess.Popen | None = None
 
@@ -127,6 +130,11 @@ class LaunchedRun:
     def attempts(self) -> list[AttemptRecord]:
         """Of the attempts that have ended."""
         return read_attempts(self.run_folder)
+
+    def places_of_secret(self) -> list[Path]:
+        """Files of the run, and what the controller said, that hold the secret of the environment."""
+        files = [path for path in (*self.run_folder.rglob("*"), self.folder / "output") if path.is_file()]
+        return [path for path in files if CANARY.encode() in path.read_bytes()]
 
     def state(self) -> LaunchState | None:
         """Where the launch stands."""

@@ -46,7 +46,7 @@ def end(attempt: Attempt, rank: int, code: int, phase: str = "compute", unix_s: 
     node = attempt.nodes[rank]
     attempt.handle(Event(node, {
         "type": "exit", "attempt": 0, "rank": rank, "code": code, "error": None, "tail": tail, "unix_s": unix_s,
-        "step": 4, "phase": phase, "log": "log", "oom": None, "steps_taken": 4,
+        "step": 4, "phase": phase, "log": "log", "oom": None,
     }))
     attempt.handle(Event(node, {"type": "gone", "attempt": 0}))
 

@@ -149,7 +149,7 @@ def judge(case: Case, run: LaunchedRun, deaths: Deaths, code: int, clean: Path |
     if case.heard:
         is_named = is_named is not False and re.search(case.heard, run.text()) is not None
     differences = compare(run.run_folder, clean, case.shape.num_steps) if clean and case.is_completed else []
-    problems = list(differences)
+    problems = [*differences, *(f"{path} holds a secret of the environment" for path in run.places_of_secret())]
     if code != case.exit_code:
         problems.append(f"exit code {code}, expected {case.exit_code}")
     if case.num_attempts is not None and len(records) != case.num_attempts:
