@@ -83,6 +83,16 @@ def check_separates(config: RunConfig, source: str) -> None:
             " false they do, by choice: a row is one text to the model. Use data.document_mask=true to keep them apart,"
             " or leave --leak out"
         )
+    if config.objective_kind != "causal":
+        raise ConfigError(
+            f"{source}: --leak labels each token with the next one, as causal language models are trained; this run's"
+            f" objective is {config.objective_kind}, whose rows it can't make. Leave --leak out"
+        )
+    if config.model.moe:
+        raise ConfigError(
+            f"{source}: --leak compares logits bit by bit, and the tokens that choose an expert are multiplied together,"
+            " so that how many of them there are has a say in each one's rounding. Test the mask without model.moe"
+        )
     if config.precision.fp8_linear:
         raise ConfigError(
             f"{source}: --leak compares logits bit by bit, and precision.fp8_linear gives all positions of a"

@@ -67,14 +67,14 @@ class Watch:
         self._note(name, sum_bits(hidden_BTD.flatten(0, 1)).view(hidden_BTD.shape[:2]))
 
     def _see_logits(
-        self, name: str, head: Head, loss: Callable, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor
+        self, name: str, head: Head, loss: Callable, hidden_BTD: torch.Tensor, context: Context, labels_BT: torch.Tensor
     ) -> torch.Tensor:
         with torch.no_grad():
             shared_BTD = head.share(hidden_BTD)
             chunks = shared_BTD.flatten(0, 1).split(rows_of_chunk(len(head.weight), shared_BTD.device.type))
             sums = [sum_bits(F.linear(hidden_ND, head.weight, head.padding_bias())) for hidden_ND in chunks]
         self._note(name, torch.cat(sums).view(shared_BTD.shape[:2]))
-        return loss(hidden_BTD, labels_BT)
+        return loss(hidden_BTD, context, labels_BT)
 
     def _note(self, name: str, sums_BT: torch.Tensor) -> None:
         self.sight.sums.setdefault(name, []).append(sums_BT.cpu())

@@ -1,11 +1,15 @@
 """Starts gloo ranks for distributed tests: one helper, so that a hung test always ends and shows every rank's stack."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tests.support.warm_rank import start_rank
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -35,47 +39,50 @@ def run_ranks(
     a hang the Python stacks (SIGABRT makes faulthandler print them).
     """
     port = free_port()
-    paths = [folder / f"rank_{rank}.{kind}" for rank in range(world_size) for kind in ("out", "err")]
-    files = [path.open("w+") for path in paths]
+    paths = [[folder / f"rank_{rank}.{kind}" for kind in ("out", "err")] for rank in range(world_size)]
+    start = _start_fresh if on_gpu else start_rank
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], env=rank_environment(rank, world_size, port, on_gpu),
-            cwd=REPOSITORY, stdout=files[2 * rank], stderr=files[2 * rank + 1],
-        )
+        start(module, arguments, rank_environment(rank, world_size, port, on_gpu), *paths[rank])
         for rank in range(world_size)
     ]
     try:
         failed = _wait(ranks, timeout_s)
-        texts = [_read(file) for file in files]
     finally:
         for process in ranks:
-            if process.poll() is None:
+            if _exit_code(process) is None:
                 process.kill()
-        for file in files:
-            file.close()
+    texts = [path.read_text() if path.exists() else "" for both in paths for path in both]
     if failed:
         shown = "\n".join(f"--- rank {i // 2} {('out', 'err')[i % 2]}\n{text[-3000:]}" for i, text in enumerate(texts))
         raise AssertionError(f"{module} {arguments}: {failed}\n{shown}")
     return texts[::2]
 
 
-def _wait(ranks: list[subprocess.Popen], timeout_s: float) -> str | None:
+def _start_fresh(
+    module: str, arguments: list[str], environment: dict[str, str], out: Path, err: Path
+) -> subprocess.Popen:
+    """A process of its own, since CUDA outlives no fork."""
+    with out.open("w") as printed, err.open("w") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], env=environment, cwd=REPOSITORY, stdout=printed, stderr=errors,
+        )
+
+
+def _exit_code(process: subprocess.Popen | BaseProcess) -> int | None:
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+
+
+def _wait(ranks: list[subprocess.Popen | BaseProcess], timeout_s: float) -> str | None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        codes = [process.poll() for process in ranks]
+        codes = [_exit_code(process) for process in ranks]
         if any(code not in (None, 0) for code in codes):
             time.sleep(0.5)
-            return f"exit codes {[process.poll() for process in ranks]}"
+            return f"exit codes {[_exit_code(process) for process in ranks]}"
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.02)
     for process in ranks:
-        process.send_signal(6)
+        os.kill(process.pid, signal.SIGABRT)
     time.sleep(1)
     return f"no end after {timeout_s} s"
-
-
-def _read(file) -> str:
-    file.flush()
-    file.seek(0)
-    return file.read()
