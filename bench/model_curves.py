@@ -8,7 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megascale.observe.run_files import read_metrics
+from megascale.observe.run_files import read_config, read_metrics
+from megascale.observe.units import units_of
 
 
 def draw(run_folder: Path, out: Path, levels: dict[str, float]) -> None:
@@ -21,7 +22,7 @@ def draw(run_folder: Path, out: Path, levels: dict[str, float]) -> None:
     for name, level in levels.items():
         axes.axhline(level, linestyle="--", linewidth=0.8, color="gray")
         axes.annotate(name, (1, level), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8)
-    axes.set(xlabel="step", ylabel="loss (nats per label)")
+    axes.set(xlabel="step", ylabel=f"loss, {units_of(read_config(run_folder)).loss}")
     axes.legend()
     figure.savefig(out, dpi=110)
 

@@ -10,15 +10,16 @@ from typing import Any
 from megascale.checkpoint.index import CheckpointIndex, LineageRecord
 from megascale.config.model import ModelConfig
 from megascale.model.flops import num_parameters
+from megascale.observe.units import Units, units_of
 
 PRIVATE_KEYS = ("run.folder", "data.", "checkpoint.", "observe.")
 """Keys of the config whose changes are not told: where things lie, not what was computed."""
 
 USE_TEXT = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AUTO, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")  # the folder of this file
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = AUTO.from_pretrained("PATH")
 ```"""
 USE_IMAGES = """```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -38,28 +39,20 @@ def write_card(index: CheckpointIndex, hf_config: Mapping[str, Any], metrics: It
     run, state = index.run, index.state
     model = ModelConfig(**run.config["model"])
     metrics = [line for line in metrics if line["step"] <= state.step]
-    if model.vision is not None:
-        task, what, use = "image-classification", "It tells the class of an image.", [USE_IMAGES]
-        unit = labels = "images"
-    else:
-        task, what, use = "text-generation", "It is a base model: it continues text.", [
-            USE_TEXT,
-            f"A text begins after, and ends with, token {hf_config['eos_token_id']}. The longest sequence is"
-            f" {model.max_seq_len:,} tokens; training rows had {run.config['train']['seq_len']:,}.",
-        ]
-        unit, labels = "tokens", "label tokens"
+    units = units_of(run.config)
+    task, what = _purpose(model)
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- megascale\n"
         f"- {hf_config['model_type']}\n---",
         f"# {_cell(run.config['run']['name'])}",
         f"A {hf_config['architectures'][0]} of {num_parameters(model, has_padding=False):,} parameters, pretrained with"
-        f" megascale {run.code.get('megascale', '')} for {state.step:,} steps on {state.tokens:,} {unit}. Exported from"
+        f" megascale {run.code.get('megascale', '')} for {state.step:,} steps on {state.tokens:,} {units.labels}. Exported from"
         f" the checkpoint of that step. {what}",
-        "## Use", *use,
+        "## Use", *_use(model, hf_config, run.config["train"]["seq_len"]),
         "## Model", _table(("setting", "value"), _settings(run.config["model"])),
-        "## Data", _data_table(index),
-        f"{state.rows:,} rows in all, {state.tokens:,} {labels}. Digest of the stream: `{state.stream_digest}`.",
-        "## Losses", _losses(index, metrics),
+        "## Data", _data_table(index, units),
+        f"{state.rows:,} rows in all, {state.tokens:,} {units.labels} with a label. Digest of the stream: `{state.stream_digest}`.",
+        "## Losses", _losses(index, metrics, units),
         "## Training", _table(("setting", "value"), [
             *_settings(run.config["optimizer"]), *_settings(run.config["precision"]),
             *_settings({name: run.config["train"][name] for name in ("seq_len", "global_batch_tokens", "max_steps")}),
@@ -72,7 +65,33 @@ def write_card(index: CheckpointIndex, hf_config: Mapping[str, Any], metrics: It
     return "\n\n".join(parts) + "\n"
 
 
-def _data_table(index: CheckpointIndex) -> str:
+def _purpose(model: ModelConfig) -> tuple[str, str]:
+    """The hub's name of what the model is for, and a sentence."""
+    if model.vision is not None:
+        return "image-classification", "It tells the class of an image."
+    if model.traits.has_decoder:
+        return "text2text-generation", "It is a base model: its decoder writes what its training asked for."
+    if not model.traits.is_causal:
+        return "fill-mask", "It is a base model: it tells masked tokens."
+    return "text-generation", "It is a base model: it continues text."
+
+
+def _use(model: ModelConfig, hf_config: Mapping[str, Any], seq_len: int) -> list[str]:
+    """How to load it, and how its rows look."""
+    if model.vision is not None:
+        return [USE_IMAGES]
+    end, sizes = hf_config["eos_token_id"], f"The longest sequence is {model.max_seq_len:,} tokens; training rows had"
+    if model.traits.has_decoder:
+        auto, ends = "AutoModelForSeq2SeqLM", f"The decoder begins after, and ends with, token {end}."
+    elif not model.traits.is_causal:
+        auto = "AutoModelForPreTraining" if model.pair_head else "AutoModelForMaskedLM"
+        ends = f"Token {end} pads rows."
+    else:
+        auto, ends = "AutoModelForCausalLM", f"A text begins after, and ends with, token {end}."
+    return [USE_TEXT.replace("AUTO", auto), f"{ends} {sizes} {seq_len:,}."]
+
+
+def _data_table(index: CheckpointIndex, units: Units) -> str:
     """What was read of each corpus, and what it was."""
     rows = []
     for name, corpus in index.run.stream.corpora.items():
@@ -81,12 +100,12 @@ def _data_table(index: CheckpointIndex) -> str:
             name, f"{read.tokens:,}" if read else 0, f"{read.rows:,}" if read else 0,
             f"{corpus.fim_fraction:g}", corpus.fingerprint, index.run.validation.get(name, ""),
         ))
-    header = ("corpus", "tokens read", "rows", "fill in the middle", "training split", "validation split")
+    header = ("corpus", f"{units.read} read", "rows", "fill in the middle", "training split", "validation split")
     return _table(header, rows)
 
 
-def _losses(index: CheckpointIndex, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The last losses up to the step, in nats per token."""
+def _losses(index: CheckpointIndex, metrics: Sequence[Mapping[str, Any]], units: Units) -> str:
+    """The last losses up to the step."""
     state, rows = index.state, []
     trained = [line for line in metrics if line["kind"] == "train"]
     evaluated = [line for line in metrics if line["kind"] == "eval"]
@@ -101,7 +120,7 @@ def _losses(index: CheckpointIndex, metrics: Sequence[Mapping[str, Any]]) -> str
         ]
     elif state.validation_loss is not None:
         rows.append(("validation", state.evaluated_step, _number(state.validation_loss), ""))
-    return _table(("loss", "step", "nats per token", "bits per byte"), rows) if rows else "Never evaluated."
+    return _table(("loss", "step", units.loss, "bits per byte"), rows) if rows else "Never evaluated."
 
 
 def _lineage(lineage: Sequence[LineageRecord]) -> str:

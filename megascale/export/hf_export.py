@@ -131,11 +131,12 @@ def text_files(run_folder: Path, run_config: RunConfig, eos_id: int) -> dict[str
     settings = derive_tokenizer_config(eos_token, run_config.model.max_seq_len)
     if run_config.model.family == "bert":
         settings |= bert_tokens(run_config.data.objective)
-    generation = derive_generation_config(eos_id, has_decoder=run_config.model.traits.has_decoder)
-    return {
-        "generation_config.json": as_json(generation),
-        "tokenizer_config.json": as_json(settings), TOKENIZER_FILE: tokenizer,
-    }
+    files = {"tokenizer_config.json": as_json(settings), TOKENIZER_FILE: tokenizer}
+    traits = run_config.model.traits
+    if traits.is_causal:  # others write no text
+        generation = derive_generation_config(eos_id, has_decoder=traits.has_decoder)
+        files["generation_config.json"] = as_json(generation)
+    return files
 
 
 def image_files(

@@ -14,6 +14,9 @@ from megascale.model.head import Head
 from megascale.model.loss import linear_cross_entropy
 from megascale.parallel.collectives import gather
 
+TOP_CLASSES = 5
+"""First choices among which the class may be, as is usual beside the very first (Russakovsky et al. 2015)."""
+
 
 class ImageHead(Head):
     """Logits of the classes, with a bias. They are cut over tp and padded as a vocabulary is.
@@ -46,6 +49,15 @@ class ImageHead(Head):
         """(images whose class has the largest logit, images with a label), int64 scalars, equal on every tp rank."""
         hits_B1 = self(hidden_BTD, context).argmax(dim=-1) == labels_BT
         return hits_B1.sum(), (labels_BT >= 0).sum()
+
+    def count_near(self, hidden_BTD: torch.Tensor, context: Context, labels_BT: torch.Tensor) -> torch.Tensor:
+        """Images whose class is among the five largest logits, int64 scalar, equal on every tp rank.
+
+        Of five classes or fewer it says nothing: all images are then counted.
+        """
+        num_choices = min(TOP_CLASSES, self.vocab_size)
+        best_B1t = self(hidden_BTD, context).topk(num_choices, dim=-1).indices
+        return (best_B1t == labels_BT[..., None]).sum()
 
     def pool(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """What the classes are told from. Shape: (B, T, D) to (B, D)."""

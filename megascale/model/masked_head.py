@@ -36,7 +36,7 @@ class MaskedHead(Head):
         self.activation = ACTIVATIONS[config.feed_forward]
         self.norm = build_norm(config)
         self.bias = nn.Parameter(torch.empty(len(self.weight))) if config.has_bias else None
-        self.pairs = PairHead(config, axes) if config.pair_head else None
+        self.pairs = NextSentenceHead(config, axes) if config.pair_head else None
 
     def forward(
         self, hidden_BTD: torch.Tensor, context: Context, last_B: torch.Tensor | None = None
@@ -88,7 +88,7 @@ class MaskedHead(Head):
         return gather(F.linear(transformed, self.weight, bias_v), self.tp, -1)
 
 
-class PairHead(nn.Module):
+class NextSentenceHead(nn.Module):
     """Whether the second segment of a row follows the first: tanh(x W + b) of the first position, then two classes.
 
     Its weights are whole on every rank. The first position is on the first cp rank and, when sequence parallel, on its

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megascale.errors import DataError
-from megascale.observe.run_files import BASELINES_FILE, METRICS_FILE, read_json, read_metrics
+from megascale.observe.run_files import BASELINES_FILE, METRICS_FILE, read_config, read_json, read_metrics
+from megascale.observe.units import Units, units_of
 
 COLORS = {"train": "#3b6fd4", "eval": "#d9562b", "unigram": "#8a8f98", "bigram": "#8a8f98", "trigram": "#3f9a6d"}
 """Readable on white and on black, since the report follows the reader's choice of light or dark."""
@@ -26,14 +27,15 @@ def draw_loss_curve(run_folder: Path, path: Path) -> Path:
     lines = list(read_metrics(run_folder))
     if not lines:
         raise DataError(f"{run_folder / METRICS_FILE} has no metrics to draw; train the run for a step or more")
-    figure = loss_figure(lines, read_json(run_folder / BASELINES_FILE) or [])
+    units = units_of(read_config(run_folder))
+    figure = loss_figure(lines, read_json(run_folder / BASELINES_FILE) or [], units)
     figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight")
     return path
 
 
-def loss_figure(lines: list[dict], fits: list[dict]) -> Figure:
+def loss_figure(lines: list[dict], fits: list[dict], units: Units) -> Figure:
     """The loss of each step (light), its running mean, the validation points, and the n-gram baselines."""
-    figure, axes = _build_axes("step", "loss, nats per token", height=4.2)
+    figure, axes = _build_axes("step", f"loss, {units.loss}", height=4.2)
     steps, losses = series(lines, "train", "loss")
     if len(steps) > 20:
         axes.plot(*_thin(steps, losses), color=COLORS["train"], alpha=0.25, linewidth=0.8)
@@ -60,9 +62,9 @@ def metric_figure(lines: list[dict], name: str, label: str, is_log: bool = False
     return figure
 
 
-def corpora_figure(lines: list[dict]) -> Figure:
+def corpora_figure(lines: list[dict], units: Units) -> Figure:
     """The validation loss of each corpus of a blend."""
-    figure, axes = _build_axes("step", "validation loss, nats per token", height=2.8)
+    figure, axes = _build_axes("step", f"validation loss, {units.loss}", height=2.8)
     for name in sorted({name for line in lines for name in line.get("corpora") or {}}):
         found = ((line["step"], line["corpora"][name]["loss"]) for line in lines if name in (line.get("corpora") or {}))
         points = sorted((step, loss) for step, loss in found if loss is not None)

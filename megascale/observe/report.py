@@ -15,16 +15,17 @@ from megascale.observe.metrics import Goodput
 from megascale.observe.redact import redact
 from megascale.observe.run_files import (
     BASELINES_FILE,
-    CONFIG_FILE,
     METRICS_FILE,
     REPORT_FILE,
     SAMPLE_FILE,
     SESSIONS_FILE,
+    read_config,
     read_json,
     read_json_lines,
     read_metrics,
     write_atomically,
 )
+from megascale.observe.units import Units, units_of
 
 
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
@@ -43,21 +44,21 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     sessions = list(read_json_lines(run_folder / SESSIONS_FILE))
     times = read_sessions(run_folder)
     goodput = derive_goodput(times) if times else None
-    config_text = _read_text(run_folder / CONFIG_FILE)
-    config = redact(yaml.safe_load(config_text) or {}) if config_text else {}
+    config = redact(read_config(run_folder))
+    units = units_of(config)
     name = config.get("run", {}).get("name", run_folder.resolve().name)
     body = [
         page.heading(name, _subtitle(lines, sessions)),
-        page.tiles(_first_numbers(lines, fits)),
-        page.section("Loss", to_inline_svg(loss_figure(lines, fits), "Loss curve")),
-        page.section("Compared on the validation split", _comparison(lines, fits)),
-        page.section("Optimization and speed", _small_curves(lines)),
+        page.tiles(_first_numbers(lines, units)),
+        page.section("Loss", to_inline_svg(loss_figure(lines, fits, units), "Loss curve")),
+        page.section("Compared on the validation split", _comparison(lines, fits, units)),
+        page.section("Optimization and speed", _small_curves(lines, units)),
         page.section("What the model tells of itself", _figures(lines)),
         page.section("What it writes", page.preformatted(_read_text(run_folder / SAMPLE_FILE))),
         page.section("Goodput", _goodput_table(goodput)),
         page.section("The run", page.table(_facts(config, sessions))),
         page.section("Sessions", _session_table(sessions)),
-        page.section("Corpora", _corpus_table(lines)),
+        page.section("Corpora", _corpus_table(lines, units)),
         page.section("Evaluations", _evaluation_table(lines)),
         page.folded("Config", page.preformatted(yaml.safe_dump(config, sort_keys=False) if config else "")),
     ]
@@ -75,12 +76,12 @@ def _subtitle(lines: list[dict], sessions: list[dict]) -> str:
     return f"megascale training report. {step} steps, last one {ended}{resumes}."
 
 
-def _first_numbers(lines: list[dict], fits: list[dict]) -> list[tuple[str, str]]:
+def _first_numbers(lines: list[dict], units: Units) -> list[tuple[str, str]]:
     numbers = []
     evaluations = [line for line in lines if line["kind"] == "eval" and line.get("loss") is not None]
     if evaluations:
         last = evaluations[-1]
-        numbers.append((f"{last['loss']:.4f}", "validation loss, nats/token"))
+        numbers.append((f"{last['loss']:.4f}", f"validation loss, {units.loss}"))
         if last.get("bits_per_byte") is not None:
             numbers.append((f"{last['bits_per_byte']:.4f}", "bits per byte"))
     _, losses = series(lines, "train", "loss")
@@ -88,15 +89,15 @@ def _first_numbers(lines: list[dict], fits: list[dict]) -> list[tuple[str, str]]
         numbers.append((f"{losses[-1]:.4f}", "training loss"))
     steps = [line for line in lines if line["kind"] == "train"]
     if steps:
-        numbers.append((format_count(steps[-1].get("tokens_seen") or 0), "tokens trained on"))
+        numbers.append((format_count(steps[-1].get("tokens_seen") or 0), f"{units.labels} trained on"))
         _, speeds = series(lines, "train", "tokens_per_s")
-        numbers.append((format_count(sorted(speeds)[len(speeds) // 2] if speeds else 0), "tokens/s, median"))
+        numbers.append((format_count(sorted(speeds)[len(speeds) // 2] if speeds else 0), f"{units.worked}/s, median"))
         if steps[-1].get("mfu_fraction") is not None:
             numbers.append((f"{100 * steps[-1]['mfu_fraction']:.1f}%", "MFU"))
     return numbers
 
 
-def _comparison(lines: list[dict], fits: list[dict]) -> str:
+def _comparison(lines: list[dict], fits: list[dict], units: Units) -> str:
     """Our last validation loss beside the n-gram models of the newest fit."""
     _, losses = series(lines, "eval", "loss")
     if not losses or not fits:
@@ -106,14 +107,14 @@ def _comparison(lines: list[dict], fits: list[dict]) -> str:
     for name, loss in newest["losses"].items():
         rows.append((f"{name}, fitted on {format_count(newest['num_tokens'])} tokens", f"{loss:.4f}",
                      f"{losses[-1] - loss:+.4f}"))  # fmt: skip
-    return page.table(rows, ("model", "nats/token", "ours minus it"))
+    return page.table(rows, ("model", units.loss, "ours minus it"))
 
 
-def _small_curves(lines: list[dict]) -> str:
+def _small_curves(lines: list[dict], units: Units) -> str:
     curves = [
         ("learning_rate", "learning rate", False),
         ("grad_norm", "gradient norm", True),
-        ("tokens_per_s", "tokens/s", False),
+        ("tokens_per_s", f"{units.worked}/s", False),
         ("mfu_fraction", "MFU, fraction of peak", False),
         ("loss_scale", "fp16 loss scale", True),
     ]
@@ -183,8 +184,8 @@ def _figures(lines: list[dict]) -> str:
     return "".join(to_inline_svg(figures_figure(lines, name), name) for name in names)
 
 
-def _corpus_table(lines: list[dict]) -> str:
-    """Of each corpus of a blend, the tokens read and its validation loss, as last logged."""
+def _corpus_table(lines: list[dict], units: Units) -> str:
+    """Of each corpus of a blend, what was read and its validation loss, as last logged."""
     tokens, losses = {}, {}
     for line in lines:
         tokens = line.get("ledger") or tokens
@@ -198,8 +199,8 @@ def _corpus_table(lines: list[dict]) -> str:
         read, found = tokens.get(name, 0), losses.get(name, {})
         rows.append((name, format_count(read), f"{read / total:.1%}", _number(found.get("loss"), ".4f"),
                      _number(found.get("bits_per_byte"), ".4f")))  # fmt: skip
-    header = ("corpus", "tokens read", "share", "validation loss", "bits/byte")
-    curves = to_inline_svg(corpora_figure(lines), "Validation loss of each corpus") if losses else ""
+    header = ("corpus", f"{units.read} read", "share", "validation loss", "bits/byte")
+    curves = to_inline_svg(corpora_figure(lines, units), "Validation loss of each corpus") if losses else ""
     return page.table(rows, header) + curves
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
@@ -139,6 +141,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def read_config(run_folder: Path) -> dict[str, Any]:
+    """The config that the run was started with, resolved; empty when the file is missing."""
+    path = run_folder / CONFIG_FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return yaml.safe_load(text) or {}
 
 
 def read_metrics(run_folder: Path, kinds: Container[str] = ("train", "eval")) -> Iterator[dict]:

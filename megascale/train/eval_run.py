@@ -27,6 +27,7 @@ from megascale.engine.pipeline import build_pipeline
 from megascale.engine.precision import TORCH_DTYPE
 from megascale.errors import ConfigError
 from megascale.model.context import Context
+from megascale.model.image_head import TOP_CLASSES
 from megascale.observe.metrics import derive_bits_per_byte
 from megascale.parallel.mesh import Mesh, build_mesh, read_rank_info
 from megascale.train.build import build_axes, layout_of, own_stages, pipeline_settings
@@ -55,6 +56,7 @@ class Score:
         bits_per_byte: of the text, for next tokens of a whole split.
         exact_match: share of pairs whose whole target greedy decoding gives; None of other objectives, and over a
             pipeline.
+        top5: share of images whose class is one of the model's first five; None elsewhere, and of few classes.
     """
 
     loss: float
@@ -63,10 +65,13 @@ class Score:
     accuracy: float | None
     bits_per_byte: float | None
     exact_match: float | None
+    top5: float | None = None
 
 
 class Scored(nn.Module):
-    """A head whose loss comes with its hits. Shape: as the head's, to (3,) fp64: loss, hits, labels that can be hit."""
+    """A head whose loss comes with its hits. Shape: as the head's, to (4,) fp64: loss, hits, near hits,
+    labels that can be hit.
+    """
 
     def __init__(self, head: nn.Module):
         super().__init__()
@@ -81,7 +86,9 @@ class Scored(nn.Module):
         loss = self.head.loss(hidden, context, labels)
         count = getattr(self.head, "count_hits", None)
         hits, total = (0, 0) if count is None else (int(number) for number in count(hidden, context, labels))
-        return torch.tensor([loss.item(), hits, total], dtype=torch.float64)
+        count_near = getattr(self.head, "count_near", None)
+        near = 0 if count_near is None else int(count_near(hidden, context, labels))
+        return torch.tensor([loss.item(), hits, near, total], dtype=torch.float64)
 
 
 class Scorer:
@@ -105,13 +112,13 @@ class Scorer:
 
     @torch.no_grad()
     def sums(self, batches: list) -> torch.Tensor:
-        """This rank's share of (loss, hits, labels that can be hit) over batches; (3,) fp64. Every rank calls it."""
+        """This rank's share of what `Scored` gives, summed over batches; (4,) fp64. Every rank calls it."""
         if self.pipeline is not None:
             total = self.pipeline.totals(batches)
         else:
             (stage,) = self.stages
             total = sum(stage(*self.objective(batch.to(self.mesh.device), 0, None)) for batch in batches)
-        return total if total is not None and self.mesh.tp.rank == 0 else torch.zeros(3, dtype=torch.float64)
+        return total if total is not None and self.mesh.tp.rank == 0 else torch.zeros(4, dtype=torch.float64)
 
     def exact(self, batches: list, end: int) -> torch.Tensor:
         """This rank's share of (pairs whose whole target is written, pairs); (2,) fp64. Every rank calls it."""
@@ -171,7 +178,7 @@ def score_corpus(
 ) -> Score:
     """The score on one split, the same on every rank."""
     mesh, kind = scorer.mesh, config.objective_kind
-    sums, exact, num_labels = torch.zeros(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 0
+    sums, exact, num_labels = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 0
     objective, micro_rows = build_objective(config, validation), config.train.micro_batch_size
     batches = evaluation_batches(corpus, objective, micro_rows, mesh.dp_rank, mesh.layout.dp, max_rows)
     for together in batched(batches, BATCHES_PER_STAGE * mesh.pp.size):
@@ -180,7 +187,7 @@ def score_corpus(
             exact += scorer.exact(together, corpus.manifest.eos_id)
         num_labels += count_labels(together) if mesh.leads_replica else 0
     totals = mesh.control_sum([*sums.tolist(), *exact.tolist(), num_labels], dtype=torch.float64)
-    loss_sum, hits, chances, right, pairs, labels = totals
+    loss_sum, hits, near, chances, right, pairs, labels = totals
     loss, labels = loss_sum / labels, int(labels)
     is_whole = max_rows is None or max_rows >= corpus.num_rows
     return Score(
@@ -191,6 +198,7 @@ def score_corpus(
         bits_per_byte=derive_bits_per_byte(loss, labels, corpus.manifest.text_bytes)
         if kind == "causal" and is_whole else None,
         exact_match=right / pairs if pairs else None,
+        top5=near / chances if kind == "classify" and config.model.vocab_size > TOP_CLASSES else None,
     )
 
 
@@ -203,6 +211,8 @@ def describe(score: Score, hit_name: str) -> str:
         parts.append(f"{score.bits_per_byte:.4f} bits per byte")
     if score.accuracy is not None:
         parts.append(f"{hit_name} {score.accuracy:.2%}")
+    if score.top5 is not None:
+        parts.append(f"top-{TOP_CLASSES} {score.top5:.2%}")
     if score.exact_match is not None:
         parts.append(f"whole targets written {score.exact_match:.2%}")
     return ", ".join([*parts, f"{score.num_labels:,} labels"])

@@ -42,7 +42,7 @@ def test_a_mask_that_forgets_documents_is_found(config):
 @pytest.mark.parametrize(("arguments", "said"), [
     ([], "Use data.document_mask=true to keep them apart"),
     ([MASKED, "precision.dtype=bf16", "precision.fp8_linear=true"], "Test the mask with precision.fp8_linear=false"),
-    ([MASKED, "model.moe={num_experts: 4, top_k: 2}"], "Test the mask without model.moe"),
+    ([MASKED, "model.family=moe", "model.moe.num_experts=4"], "Test the mask without model.moe"),
     ([MASKED, "data.objective.kind=mlm", "model.family=bert"], "objective is mlm"),
     ([MASKED, "--nproc", "512"], "--nproc 512"),
     ([MASKED, "parallel.tp=4"], "parallel.tp = 4 does not divide model.num_heads = 2"),

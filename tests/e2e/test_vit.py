@@ -58,10 +58,13 @@ def test_top_1_of_a_run_and_of_what_was_exported_and_imported(trained):
     assert told.returncode == 0, told.stderr
     score = told.stdout.splitlines()[-1]
     assert "top-1" in score
+    assert "top-5" not in score  # of three classes
     assert "perplexity" not in score
     done = megascale("export", trained / "run", "--format", "hf", "--out", trained / "hf", timeout_s=300)
     assert done.returncode == 0, done.stderr
     assert "transformers gives the checkpoint's logits" in done.stdout
+    assert not (trained / "hf/generation_config.json").exists()
+    assert "bytes read" in (trained / "hf/README.md").read_text()
     done = megascale("import", write_config(trained, "imported"), trained / "hf", timeout_s=300)
     assert done.returncode == 0, done.stderr
     assert "tokenizer" not in done.stderr  # images have none

@@ -1,5 +1,6 @@
 """Scores: hits of a head, the bridge to lm-evaluation-harness, and graphs in ONNX."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from megascale.errors import ConfigError
 from megascale.export.onnx_export import Logits, check_family, check_graph, write_graph
 from megascale.model.context import build_context
 from megascale.model.transformer import build_model
+from megascale.train.eval_run import Score, describe
 from megascale.train.harness import HarnessModel, as_harness_class, check_tasks
 
 CONFIG = ModelConfig(
@@ -61,6 +63,12 @@ def test_hits_are_labels_with_the_largest_logit():
             hidden = layer(hidden, context)
         hits, total = MODEL.layers[-1].count_hits(hidden, context, labels_BT)
     assert (int(hits), int(total)) == (27, 43)
+
+
+def test_a_score_of_images_names_its_first_and_its_five_first_choices():
+    score = Score(1.5, 8, perplexity=None, accuracy=0.25, bits_per_byte=None, exact_match=None, top5=0.75)
+    assert describe(score, "top-1") == "loss 1.5000, top-1 25.00%, top-5 75.00%, 8 labels"
+    assert "top-5" not in describe(replace(score, top5=None), "top-1")
 
 
 def test_a_continuation_has_the_sum_of_its_tokens(answers):

@@ -215,6 +215,14 @@ def test_bits_that_change_while_they_are_read_are_found(tmp_path, monkeypatch):
         export_run(tmp_path, None, None, "float32", 5 * GB)
 
 
+@pytest.mark.parametrize(("kind", "is_written"), [("llama", True), ("t5", True), ("bert", False)])
+def test_only_what_writes_text_says_how(kind, is_written, tmp_path):
+    """Seen to catch: the file written whatever the family."""
+    make_run(tmp_path, (MODELS | {"bert": {"family": "bert", **SMALL}})[kind])
+    done = export_run(tmp_path, None, None, "float32", 5 * GB)
+    assert (done.folder / "generation_config.json").exists() == is_written
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
     make_run(tmp_path, MODELS["llama"])
     out = tmp_path / "out"

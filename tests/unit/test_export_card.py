@@ -19,9 +19,9 @@ LLAMA = {"family": "llama", "num_layers": 2, "d_model": 64, "num_heads": 4, "voc
 SECRET = "s3://user:hunter2@corpora/web"
 
 
-def make_index(**state) -> CheckpointIndex:
+def make_index(model: dict = LLAMA, **state) -> CheckpointIndex:
     config = {
-        "run": {"name": "card|<b>", "folder": "/home/somebody/runs/x", "seed": 7}, "model": LLAMA,
+        "run": {"name": "card|<b>", "folder": "/home/somebody/runs/x", "seed": 7}, "model": model,
         "data": {"folder": SECRET}, "train": {"seq_len": 32, "global_batch_tokens": 256, "max_steps": 9},
         "optimizer": {"learning_rate": 0.25}, "precision": {"dtype": "bf16"},
     }
@@ -35,7 +35,7 @@ def make_index(**state) -> CheckpointIndex:
 
 
 def card_of(index, metrics=()):
-    hf_config = derive_hf_config(ModelConfig(**LLAMA), eos_id=5, dtype="float32")
+    hf_config = derive_hf_config(ModelConfig(**index.run.config["model"]), eos_id=5, dtype="float32")
     return write_card(index, hf_config, metrics)
 
 
@@ -59,6 +59,28 @@ def test_the_card_tells_the_model_the_data_the_tokens_and_the_losses():
     assert "9.0000" not in card
     assert "| learning_rate | 0.25 |" in body
     assert "- fork at step 2 of run run-b\n  - optimizer.learning_rate = 0.1 then, 0.25 now" in body
+
+
+@pytest.mark.parametrize(("model", "task", "words"), [
+    ({"family": "bert"}, "fill-mask", (
+        "AutoModelForMaskedLM", "6 steps on 600 masked tokens", "nats per masked token", "| corpus | tokens read |",
+        "It tells masked tokens.", "Token 5 pads rows")),
+    ({"family": "bert", "pair_head": True}, "fill-mask", ("AutoModelForPreTraining",)),
+    ({"family": "t5"}, "text2text-generation", (
+        "AutoModelForSeq2SeqLM", "on 600 target tokens", "nats per target token", "The decoder begins after")),
+    ({"family": "vit", "vision": {"image_size": 8, "patch_size": 4, "channels": 1}}, "image-classification", (
+        "AutoModelForImageClassification", "6 steps on 600 images", "nats per image", "| corpus | bytes read |",
+        "600 images with a label")),
+])
+def test_the_card_of_what_writes_no_text(model, task, words):
+    """Units, and how it is loaded. Seen to catch: a BERT that continues text, bytes of images told as tokens."""
+    card = card_of(make_index(LLAMA | model), [{"kind": "eval", "step": 6, "loss": 2.5}])
+    assert f"pipeline_tag: {task}\n" in card
+    for shown in words:
+        assert shown in card
+    assert "continues text" not in card
+    assert "AutoModelForCausalLM" not in card
+    assert model["family"] != "vit" or "token" not in card.partition("## Training")[0].partition("## Losses")[2]
 
 
 def test_the_card_can_be_published():

@@ -95,8 +95,24 @@ def test_classes_are_those_of_transformers(tmp_path):
     back = to_hf(config.model, dict(ours.named_parameters()))
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
-    hits, labels = ours.stages[0].head.count_hits(hidden_before_head(ours, inputs, context), context, labels_BT)
+    hidden, head = hidden_before_head(ours, inputs, context), ours.stages[0].head
+    hits, labels = head.count_hits(hidden, context, labels_BT)
     assert (int(hits), int(labels)) == (int((expected.logits.argmax(1) == labels_BT[:, 0]).sum()), ROWS)
+    places_B = (expected.logits > expected.logits.gather(1, labels_BT)).sum(dim=1)
+    assert int(head.count_near(hidden, context, labels_BT)) == int((places_B < 5).sum())
+
+
+def test_near_hits_are_labels_among_the_five_largest():
+    """Each label has another place in the order. Seen to catch: the four or six largest; padded classes counted."""
+    model = build_model(run_config().model, 0)
+    batch = image_batch(torch.zeros(ROWS, 1, dtype=torch.int64))
+    inputs, context, _ = image_objective(run_config(), ONE_RANK)(batch, 0, None)
+    hidden = hidden_before_head(model, inputs, context)
+    with torch.no_grad():
+        order_BV = model(inputs, context)[:, 0, :7].argsort(dim=-1, descending=True)
+    near = [int(model.stages[0].head.count_near(hidden, context, order_BV[:, [place]])) for place in range(7)]
+    assert near == [ROWS] * 5 + [0] * 2
+    assert int(model.stages[0].head.count_near(hidden, context, torch.full((ROWS, 1), -100))) == 0
 
 
 def hidden_before_head(model, inputs, context):

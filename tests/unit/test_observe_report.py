@@ -3,6 +3,7 @@
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 import yaml
 
@@ -113,6 +114,23 @@ def test_run_without_metrics_is_refused(tmp_path):
 def test_loss_curve_is_a_picture(run_folder):
     assert draw_loss_curve(run_folder, run_folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(draw_loss_curve(run_folder, run_folder / "loss.svg")).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(("sections", "loss", "shown"), [
+    ({"model": {"family": "llama"}}, "nats per token", ("tokens trained on", "tokens/s, median")),
+    ({"model": {"family": "bert"}}, "nats per masked token", ("masked tokens trained on",)),
+    ({"model": {"family": "vit"}, "data": {"objective": None}}, "nats per image", ("images trained on", "patches/s")),
+    ({"model": {"family": "vit"}, "data": {"objective": {"kind": "mae"}}}, "squared error per pixel number",
+     ("hidden patches trained on", "patches/s, median")),
+])
+def test_losses_have_the_unit_of_what_is_learned(run_folder, sections, loss, shown):
+    """In the report and in the picture alone. Seen to catch: the family's first objective taken for that of the run."""
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(sections))
+    text = Page(write_report(run_folder).read_text()).text
+    for words in (f"validation loss, {loss}", *shown):
+        assert words in text
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert f">loss, {loss}<" in draw_loss_curve(run_folder, run_folder / "loss.svg").read_text()
 
 
 def test_running_mean_looks_back_only():

@@ -35,9 +35,13 @@ def plant(fault: str | None, mesh: Mesh, patch: pytest.MonkeyPatch) -> None:
 
     if fault == "mask without documents":
         for module in (attention_mask, ring):
-            replace(module, "visible", lambda visible: lambda q, k, _q, _k, window: visible(q, k, None, None, window))
+            replace(module, "visible", lambda visible: lambda q, k, _q, _k, *others, **options: visible(
+                q, k, None, None, *others, **options
+            ))
     elif fault == "mask without documents on tp rank 1" and mesh.tp.rank == 1:
-        replace(context, "build_mask", lambda build: lambda c, _, *arguments: build(c, None, *arguments))
+        replace(context, "build_mask", lambda build: lambda c, _, *others, **options: build(
+            c, None, *others, **options
+        ))
     elif fault == "head of tp rank 1 mixes positions" and mesh.tp.rank == 1:
         replace(Head, "share", mix_positions)
     elif fault == "second stage without documents" and mesh.pp.rank == 1:

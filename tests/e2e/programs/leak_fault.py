@@ -22,8 +22,8 @@ def run_rank() -> None:
     from megascale.train.request import serve_request
 
     visible = attention_mask.visible
-    attention_mask.visible = lambda queries_T, keys_S, _queries, _keys, window: visible(
-        queries_T, keys_S, None, None, window
+    attention_mask.visible = lambda queries_T, keys_S, _queries, _keys, *others, **options: visible(
+        queries_T, keys_S, None, None, *others, **options
     )
     serve_request(lambda values: run_leak_test(Path(values["config"]), values["overrides"]), sys.argv[1])
 
