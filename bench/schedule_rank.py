@@ -91,7 +91,7 @@ def trace_case(case: dict, num_micro_batches: int, num_steps: int, mesh: Mesh) -
     stages = [SleepingStage(case["unit_s"], index == num_stages - 1) for index in own]
     runner = build_pipeline(
         stages, own, num_stages, schedule, HIDDEN_SHAPE, torch.float32, mesh.device, mesh.pp,
-        lambda batch, step: (torch.zeros(HIDDEN_SHAPE), None, None), lambda parameter, gradient: None,
+        lambda batch, step, factor: (torch.zeros(HIDDEN_SHAPE), None, None), lambda parameter, gradient: None,
     )
     boxes: list[Box] = []
     record(runner.schedule_of(num_micro_batches), boxes)

@@ -231,8 +231,10 @@ class ModelConfig(Section):
             )
         for key, families in OWN_FIELDS.items():
             if self.family not in families and getattr(self, key) != type(self).model_fields[key].default:
+                value = getattr(self, key)
+                shown = "" if isinstance(value, Section) else f" = {value}"
                 raise ValueError(
-                    f"model.{key} = {getattr(self, key)} needs model.family = {' or '.join(families)}; for"
+                    f"model.{key}{shown} needs model.family = {' or '.join(families)}; for"
                     f" {self.family} leave it out"
                 )
         for key, family in NEEDED.items():

@@ -46,12 +46,13 @@ def write_card(index: CheckpointIndex, hf_config: Mapping[str, Any], metrics: It
         f"- {hf_config['model_type']}\n---",
         f"# {_cell(run.config['run']['name'])}",
         f"A {hf_config['architectures'][0]} of {num_parameters(model, has_padding=False):,} parameters, pretrained with"
-        f" megascale {run.code.get('megascale', '')} for {state.step:,} steps on {state.tokens:,} {units.labels}. Exported from"
-        f" the checkpoint of that step. {what}",
+        f" megascale {run.code.get('megascale', '')} for {state.step:,} steps on {state.tokens:,} {units.labels}."
+        f" Exported from the checkpoint of that step. {what}",
         "## Use", *_use(model, hf_config, run.config["train"]["seq_len"]),
         "## Model", _table(("setting", "value"), _settings(run.config["model"])),
         "## Data", _data_table(index, units),
-        f"{state.rows:,} rows in all, {state.tokens:,} {units.labels} with a label. Digest of the stream: `{state.stream_digest}`.",
+        f"{state.rows:,} rows in all, {state.tokens:,} {units.labels} with a label. Digest of the stream:"
+        f" `{state.stream_digest}`.",
         "## Losses", _losses(index, metrics, units),
         "## Training", _table(("setting", "value"), [
             *_settings(run.config["optimizer"]), *_settings(run.config["precision"]),

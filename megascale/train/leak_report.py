@@ -90,8 +90,9 @@ def check_separates(config: RunConfig, source: str) -> None:
         )
     if config.model.moe:
         raise ConfigError(
-            f"{source}: --leak compares logits bit by bit, and the tokens that choose an expert are multiplied together,"
-            " so that how many of them there are has a say in each one's rounding. Test the mask without model.moe"
+            f"{source}: --leak compares logits bit by bit, and the tokens that choose an expert are multiplied"
+            " together, so that how many of them there are has a say in each one's rounding. Test the mask without"
+            " model.moe"
         )
     if config.precision.fp8_linear:
         raise ConfigError(

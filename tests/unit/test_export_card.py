@@ -64,7 +64,7 @@ def test_the_card_tells_the_model_the_data_the_tokens_and_the_losses():
 @pytest.mark.parametrize(("model", "task", "words"), [
     ({"family": "bert"}, "fill-mask", (
         "AutoModelForMaskedLM", "6 steps on 600 masked tokens", "nats per masked token", "| corpus | tokens read |",
-        "It tells masked tokens.", "Token 5 pads rows")),
+        "it tells masked tokens.", "Token 5 pads rows")),
     ({"family": "bert", "pair_head": True}, "fill-mask", ("AutoModelForPreTraining",)),
     ({"family": "t5"}, "text2text-generation", (
         "AutoModelForSeq2SeqLM", "on 600 target tokens", "nats per target token", "The decoder begins after")),

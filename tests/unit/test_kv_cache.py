@@ -188,7 +188,7 @@ def test_a_search_of_an_encoder_gives_what_transformers_gives(name, num_beams, l
     settings = BeamSettings(num_beams, num_beams, length_penalty)
     for source in ([1, 2, END], [7, 8, 9, 10, 11, END], [5, END]):
         follow = PairRows(ours, [source] * num_beams, 9, END, use_cache=True)
-        end = beam_search(follow, [END], 8, None, settings)[1].tokens[2]  # so that some beams end
+        end = beam_search(follow, [END], 8, None, settings)[1].tokens[1]  # so that some beams end
         found = theirs.generate(
             torch.tensor([source]), attention_mask=torch.ones(1, len(source), dtype=torch.int64), max_new_tokens=8,
             num_beams=num_beams, num_return_sequences=num_beams, length_penalty=length_penalty, do_sample=False,
