@@ -1,7 +1,7 @@
 """BERT in any layout trains the plain single-process model: fp32, clipping and dropout active, within 1e-6.
 
 Rows have padding, pairs of segments, whole words and documents. Mutation seen to be caught: the pair's loss counted on
-cp ranks without the row's start (cp2_ring).
+tp ranks without the row's start (tp2).
 """
 
 import json

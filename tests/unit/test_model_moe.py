@@ -12,9 +12,9 @@ from megascale.config.validate import check_config
 from megascale.errors import ConfigError
 from megascale.model.axes import ONE_RANK
 from megascale.model.context import build_context
-from megascale.model.moe import balance
+from megascale.model.moe import balance, experts
 from megascale.model.moe.dispatch import route
-from megascale.model.moe.experts import grouped_outer, grouped_product
+from megascale.model.moe.experts import GroupedLinear, grouped_outer, grouped_product
 from megascale.model.moe.layer import MoeLayer
 from megascale.model.moe.router import Router
 from megascale.model.recompute import set_recompute
@@ -240,3 +240,20 @@ def test_what_cannot_be_is_refused_by_name(moe, other, told):
     }, source="moe")
     with pytest.raises(ConfigError, match=re.escape(told)):
         check_config(config, 2, "moe")
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 7], [0, 0, 12]])
+def test_the_grouped_kernel_is_called_as_it_wants_and_gives_the_loops_numbers(monkeypatch, counts):
+    """torch's code for CPUs behind the same call. Seen to catch: weights not transposed, offsets that begin at 0."""
+    layer = GroupedLinear(3, 16, 2, 8)
+    torch.nn.init.normal_(layer.weight)
+    tokens, counts_e = torch.randn(12, 16, requires_grad=True), torch.tensor(counts)
+    results = []
+    for has_kernel in (False, True):
+        monkeypatch.setattr(experts, "has_grouped_kernel", lambda *_, has_kernel=has_kernel: has_kernel)
+        layer.weight.grad = tokens.grad = None
+        outputs = layer(tokens, counts_e)
+        (outputs * torch.arange(16.0)).square().sum().backward()
+        results.append((outputs.detach(), tokens.grad, layer.weight.grad))
+    for looped, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, looped, rtol=1e-5, atol=1e-5)

@@ -84,7 +84,7 @@ def grouped_product(inputs: torch.Tensor, matrices: torch.Tensor, counts_e: torc
 
     Shape: (M, I), (e, I, O) and (e) to (M, O).
     """
-    if has_grouped_kernel(inputs):
+    if has_grouped_kernel(inputs, matrices.shape[-1]):
         return torch._grouped_mm(inputs, matrices, offs=counts_e.cumsum(0, dtype=torch.int32))
     parts = inputs.split(counts_e.tolist())
     return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
@@ -97,18 +97,21 @@ def grouped_outer(
 
     Shape: (M, O), (M, I) and (e) to `shape`, which flattens to (e, O, I).
     """
-    if has_grouped_kernel(inputs):
+    if has_grouped_kernel(inputs, grad.shape[-1]):
         return torch._grouped_mm(grad.t(), inputs, offs=counts_e.cumsum(0, dtype=torch.int32)).view(shape)
     counts = counts_e.tolist()
     pairs = zip(grad.split(counts), inputs.split(counts), strict=True)
     return torch.stack([grad_part.t() @ part for grad_part, part in pairs]).view(shape)
 
 
-def has_grouped_kernel(tensor: torch.Tensor) -> bool:
+def has_grouped_kernel(tensor: torch.Tensor, num_others: int) -> bool:
     """Whether one kernel computes the products of all experts; elsewhere they run one after the other, and the sizes
     come to the CPU first.
+
+    Args:
+        num_others: features on the other side of the weight. The kernel wants rows of both in steps of 16 bytes.
     """
     return (
-        tensor.is_cuda and tensor.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")
+        tensor.is_cuda and tensor.dtype == torch.bfloat16 and tensor.shape[-1] % 8 == num_others % 8 == 0
         and torch.cuda.get_device_capability(tensor.device) >= GROUPED_CAPABILITY
     )
