@@ -186,7 +186,8 @@ def test_missing_split(folder):
         (lambda text: text.replace('"num_shards"', '"num_shard"', 1), "num_shards: Field required"),
         (lambda text: text.replace('"format_version": 2', '"format_version": 3'), "format_version: Input should be 2"),
         (lambda text: text.replace('"tokenizer.json"', '"../tokenizer.json"'), "tokenizer_file: String should match"),
-        (lambda text: text.replace('"dtype": "uint16"', '"dtype": "object"'), "dtype: Input should be 'uint8', 'uint16' or"),
+        (lambda text: text.replace('"dtype": "uint16"', '"dtype": "object"'),
+         "dtype: Input should be 'uint8', 'uint16' or"),
     ],
 )
 def test_damaged_index(folder, change, message):
