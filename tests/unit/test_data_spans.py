@@ -67,7 +67,7 @@ def test_source_and_target_together_are_the_text(size):
 
 
 def test_a_row_depends_on_its_key_alone():
-    """To catch: one generator for all rows of a call."""
+    """Seen to catch: one generator for all rows of a call."""
     objective, keys = corruption(), derive_key(1, np.arange(6))
     rows = [text_row(139 - number) for number in range(6)]
     whole = objective.assemble(rows, keys)
@@ -89,8 +89,10 @@ def test_spans_lie_everywhere_alike():
 
 
 def test_documents_are_kept_apart():
-    """A target sees its own document's source, and a further document begins anew. To catch: the documents of the text
-    taken for those of the source."""
+    """A target sees its own document's source, and a further document begins anew.
+
+    Seen to catch: the documents of the text taken for those of the source.
+    """
     row = text_row(139, [50, 90, 139])
     arrays = corruption(separates=True).assemble([row], derive_key(5, np.arange(1)))
     plan = plan_spans(139, 0.15, 3.0)

@@ -209,7 +209,7 @@ def test_closed_forms(case):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_label_smoothing_equals_torch(softcap):
-    """To catch: the share spread over padded ids too; the label's own part of it left out of the gradient."""
+    """Seen to catch: the share spread over padded ids too; the label's own part of it left out of the gradient."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 16, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(64, 16, generator=generator, dtype=torch.float64).requires_grad_()

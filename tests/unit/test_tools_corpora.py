@@ -190,7 +190,7 @@ def test_endless_line_is_refused(tmp_path, monkeypatch):
     ("a.tsv", ["one\ttwo", "", "no quotes: \"x\ty"]),
 ])
 def test_a_line_is_a_pair(tmp_path, name, lines):
-    """To catch: the fields of JSON asked of a line of a table."""
+    """Seen to catch: the fields of JSON asked of a line of a table."""
     (tmp_path / name).write_text("\n".join(lines) + "\r\n")
     source = replace(find_source(str(tmp_path / name), text_field="source"), target_field="target")
     counts, pieces = ReadCounts(), [piece for chunk in cut_source(source, 10) for piece in chunk]
