@@ -99,7 +99,7 @@ class NextSentenceHead(nn.Module):
     def __init__(self, config: ModelConfig, axes: Axes):
         super().__init__()
         self.sharing = axes.tp if axes.is_sequence_parallel else ALONE
-        self.has_start = axes.cp.rank == 0 and self.sharing.rank == 0
+        self.has_start = self.sharing.rank == 0  # of cp ranks only the first has the labels of pairs
         self.pooler = Linear(config.d_model, config.d_model, bias=config.has_bias)
         self.classes = Linear(config.d_model, len(PAIR_LABELS), bias=config.has_bias)
 

@@ -49,7 +49,7 @@ def test_training_says_no_bits_per_byte(trained):
 
 @pytest.mark.parametrize(("ranks", "parallel", "tolerance"), [(1, {}, 0.0), (2, {"tp": 2}, 1e-6)])
 def test_resumed_in_the_same_layout_and_in_another(trained, tmp_path, ranks, parallel, tolerance):
-    """To the bit, or within rounding."""
+    """To the bit, or within rounding. Seen to catch: what is drawn for a row taken from how many were read before."""
     name = f"resumed_{ranks}"
     done = megascale("train", write_config(trained, name, **parallel), "--nproc", ranks, "--fork", f"{trained}/run@3")
     assert done.returncode == 0, done.stderr

@@ -58,7 +58,10 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("ranks", "parallel", "tolerance"), [(1, {}, 0.0), (2, {"tp": 2}, 1e-6)])
 def test_resumed_in_the_same_layout_and_in_another(folder, ranks, parallel, tolerance):
-    """Of spans and dropout to the bit, or within rounding."""
+    """Of spans and dropout to the bit, or within rounding.
+
+    Seen to catch: what is drawn for a row taken from how many were read before.
+    """
     name = f"resumed_{ranks}"
     done = megascale(
         "train", write_config(folder, name, SPANS, **parallel), "--nproc", ranks, "--fork", f"{folder}/spans@3"

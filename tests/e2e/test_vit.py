@@ -43,7 +43,10 @@ def trained(tmp_path_factory):
 
 
 def test_resumed_to_the_bit(trained):
-    """Crops, mirrors and dropout are those of the row and step."""
+    """Crops, mirrors and dropout are those of the row and step.
+
+    Seen to catch: what is drawn for a row taken from how many were read before.
+    """
     done = megascale(
         "train", write_config(trained, "resumed"), "--nproc", "1", "--fork", f"{trained}/run@3", timeout_s=300
     )
