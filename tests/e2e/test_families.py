@@ -24,7 +24,7 @@ MIDDLE, END = 3, 6
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resumed_in_the_same_layout_and_in_another(family, tmp_path):
-    """Seen to catch: dropout keyed by micro-batches since the start; biases of experts that a checkpoint doesn't give back."""
+    """Seen to catch: dropout keyed by micro-batches since a start; biases of experts not in a checkpoint."""
     options, layout = FAMILIES[family]
     options = [*options, f"train.max_steps={END}", "optimizer.horizon_steps=12"]
     corpus = make_corpus(tmp_path / "corpus", vocab_size=64)
