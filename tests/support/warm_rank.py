@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload([__name__, "deepspeed", "torch._dynamo", "megascale.train.rank"])
+WARM.set_forkserver_preload([__name__, "deepspeed", "torch._dynamo", "megascale.train.session"])
 
 
 def start_rank(module: str, arguments: Sequence[str], environment: Mapping[str, str], out: Path, err: Path):
