@@ -29,11 +29,14 @@ CASES = {case.name: case for case in [
     LayoutCase("dp2_zero2", 2, {"zero_stage": 2}, "t5"),
     LayoutCase("dp2_zero3_smoothed", 2, {"zero_stage": 3}, "transformer", data=SMOOTHED),
     LayoutCase("tp2_smoothed", 2, {"tp": 2}, "transformer", data=SMOOTHED),
+    LayoutCase("pp2_smoothed", 2, {"pp": 2}, "transformer", data=SMOOTHED),
+    LayoutCase("dp2_zero2_recompute", 2, {"zero_stage": 2}, "transformer", train={"recompute": "full"}),
     LayoutCase("pp4", 4, {"pp": 4}, "t5"),
     LayoutCase("pp4_gpipe_recompute", 4, {"pp": 4, "schedule": "gpipe"}, "t5_v11", train={"recompute": "full"}),
     LayoutCase("tp2_zero3", 4, {"tp": 2, "zero_stage": 3}, "t5"),
     LayoutCase("tp2_pp2_interleaved", 4, {"tp": 2, "pp": 2, "schedule": "interleaved_1f1b"}, "transformer"),
     LayoutCase("tp2_pp2_dp2", 8, {"tp": 2, "pp": 2}, "t5"),
+    LayoutCase("tp2_pp2_dp2_smoothed", 8, {"tp": 2, "pp": 2}, "transformer", data=SMOOTHED),
 ]}
 
 
