@@ -52,6 +52,8 @@ AGENTS_S = 60.0
 """Longest wait for agents at the start of a job."""
 NEW_AGENT_S = 20.0
 """Longest wait for another agent on a node that lost its own."""
+SETTLED_S = 1.0
+"""Until the connections of agents that a failed start took with it are closed."""
 STATE_S = 1.0
 FOLLOW_S = 0.5
 """Between two looks at rank 0's log."""
@@ -178,18 +180,33 @@ class Controller:
         return action.code
 
     def _start_agents(self, nodes: Sequence[str], timeout_s: float) -> None:
-        """Starts agents on nodes that have none; a node whose agent doesn't come is left out."""
+        """Starts agents on nodes that have none; a node whose agent doesn't come, twice, is left out."""
         awaited = [node for node in nodes if node not in self._fleet.links and node not in self._bad]
         if not awaited:
             return
-        self._transport.start(awaited, self._address, self._token_file, self._logs)
-        self._fleet.wait(
-            lambda: all(node in self._fleet.links for node in awaited) or self._asked.count, self._handle, timeout_s
-        )
+        self._start_and_wait([awaited], awaited, timeout_s)
+        failed = self._transport.failed_start()
+        if failed is not None and not self._asked.count:
+            self._fleet.wait(lambda: self._asked.count, self._handle, SETTLED_S)
+            missing = [node for node in awaited if node not in self._fleet.links]
+            sound = [node for node in missing if node not in failed]
+            named = f" because of {', '.join(failed)}" if failed else ""
+            self._say(f"the start of {len(missing)} agents failed{named}; once more, each such node by itself")
+            self._start_and_wait([sound, *([node] for node in missing if node in failed)], awaited, timeout_s)
         for node in awaited:
             if node not in self._fleet.links and not self._asked.count:
                 logs = f"{self._logs / f'agent_{node}.log'} and {self._logs / 'srun.log'}"
                 self._note_fault(node, "preflight", f"its agent didn't connect within {timeout_s:g} s: see {logs}")
+
+    def _start_and_wait(self, groups: Sequence[Sequence[str]], awaited: Sequence[str], timeout_s: float) -> None:
+        """Starts each group by itself; returns when all agents are there, or the last start has failed."""
+        for group in filter(None, groups):
+            self._transport.start(group, self._address, self._token_file, self._logs)
+        self._fleet.wait(
+            lambda: all(node in self._fleet.links for node in awaited) or self._asked.count
+            or (len(groups) == 1 and self._transport.failed_start() is not None),
+            self._handle, timeout_s,
+        )
 
     def _check_nodes(self) -> None:
         self._update(force=True, status="preflight")

@@ -1,6 +1,7 @@
 """How agents come onto nodes, and how a job goes back into its queue."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,8 @@ from megascale.errors import LaunchError
 from megascale.observe.console import say
 
 AGENT_MODULE = "launcher.supervise.agent"
+FAILED_NODE = re.compile(r"Task launch for .* failed on node (\S+):")
+"""What srun says of a node whose slurmd it can't reach or that refuses."""
 ENDED_WITHIN_S = 600.0
 """Longest wait for SLURM to end the life of a job that it has requeued."""
 
@@ -40,6 +43,9 @@ class Transport(Protocol):
 
     def start(self, nodes: Sequence[str], controller: str, token_file: Path, logs: Path) -> None:
         """Starts agents; they connect to the controller by themselves."""
+
+    def failed_start(self) -> tuple[str, ...] | None:
+        """The nodes that the last start failed at, as far as the scheduler names them; None if it didn't fail."""
 
     def job_state(self) -> str:
         """What the scheduler says of the job; empty where nobody says."""
@@ -71,6 +77,10 @@ class LocalTransport:
                     [*agent_command(self._plan, controller, token_file), "--node", node],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 ))
+
+    def failed_start(self) -> tuple[str, ...] | None:
+        """A process of this machine starts, or raises at once."""
+        return None
 
     def job_state(self) -> str:
         """Nobody says."""
@@ -110,7 +120,7 @@ class SlurmTransport:
         return socket.create_server((address, 0), backlog=4096)
 
     def start(self, nodes: Sequence[str], controller: str, token_file: Path, logs: Path) -> None:
-        """One srun for all these nodes. A node that fails ends neither the step nor the job."""
+        """One srun for all these nodes. A node that fails later on ends neither the step nor the job."""
         container = self._plan.cluster.container
         pyxis = [
             f"--container-image={container.image}",
@@ -123,11 +133,19 @@ class SlurmTransport:
             f"--output={str(logs).replace('%', '%%')}/agent_%N.log", "--open-mode=append",
             *agent_command(self._plan, controller, token_file),
         ]
-        log = (logs / "srun.log").open("ab")
-        with log:
+        self._log = logs / "srun.log"
+        with self._log.open("ab") as log:
+            self._log_start = log.tell()
             self._steps.append(subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             ))
+
+    def failed_start(self) -> tuple[str, ...] | None:
+        """The nodes named by an srun that has ended: one that can't be reached has it end all others' agents, too."""
+        if not self._steps or self._steps[-1].poll() in (None, 0):
+            return None
+        said = self._log.read_bytes()[self._log_start:].decode(errors="replace")
+        return tuple(dict.fromkeys(FAILED_NODE.findall(said)))
 
     def job_state(self) -> str:
         """SLURM's word, such as RUNNING, or CANCELLED after scancel; empty when it can't be asked."""
