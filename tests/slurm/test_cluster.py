@@ -91,6 +91,15 @@ def test_job_of_a_killed_node_is_requeued_on_the_others(cluster: SlurmCluster, t
     cluster.wait_until(lambda: cluster.node(f"node{victim}")["State"] == "IDLE", "the node is back", timeout_s=20)
 
 
+def test_healed_node_answers_those_who_knew_it(cluster: SlurmCluster):
+    """Caught: a network card with another address each time, where neighbours look for the old one for seconds."""
+    address, port = cluster.layout.address("node2"), cluster.layout.port + 2
+    knock = ["timeout", "2", "bash", "-c", f"exec 3<>/dev/tcp/{address}/{port}"]
+    cluster.doctor("node1", *knock)
+    cluster.heal_node("node2")
+    cluster.doctor("node1", *knock)
+
+
 def test_job_outlives_restarts_of_both_daemons(cluster: SlurmCluster, tmp_path: Path):
     go, log = tmp_path / "go", tmp_path / "log"
     script = f"srun sh -c 'until [ -e {go} ]; do sleep 0.1; done; hostname'"

@@ -161,8 +161,9 @@ class VirtualNode:
         return ["nsenter", "--target", str(self.first_pid), *as_user, *spaces]
 
     def _connect(self) -> None:
-        pid = self.first_pid
-        cable = ["name", self.name, "type", "veth", "peer", "name", "eth0", "netns", str(pid)]
+        # A card outlives its node's restarts: with another address others would send to the old one for seconds.
+        pid, card = self.first_pid, f"02:00:00:00:00:{self.layout.number(self.name):02x}"
+        cable = ["name", self.name, "type", "veth", "peer", "name", "eth0", "address", card, "netns", str(pid)]
         _ip(self.switch_pid, "link", "add", *cable)
         _ip(self.switch_pid, "link", "set", "dev", self.name, "up", "master", "bridge0")
         _ip(pid, "link", "set", "dev", "lo", "up")
