@@ -1,6 +1,7 @@
 """The house rules of the source tree, kept by tests: who may import whom, sizes, and what never runs on a run path."""
 
 import ast
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -165,3 +166,11 @@ def test_no_path_of_a_machine_or_registry_is_committed():
     registry = "python" + "hosted"
     for path in own:
         assert registry not in path.read_text(encoding="utf-8"), path
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig):
+    """Caught: pytest's own default, which skips every folder named dist, and so all distributed tests."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(folders) > 5
+    assert not [folder for folder in folders for part in folder.parts if any(fnmatch(part, each) for each in patterns)]
