@@ -15,7 +15,7 @@ test: $(VENV)/.installed-test
 soak: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -m slow
 
-# Distributed parity tests: 2 to 8 ranks on this machine; a quarter of an hour on two cores.
+# Distributed parity tests: 2 to 8 ranks on this machine; twenty minutes on two cores.
 dist: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest tests/dist -m "not slow"
 

@@ -1,23 +1,20 @@
 """Ranks forked from one process that has imported torch and DeepSpeed: seconds less of a core for each.
 
-`multiprocessing`'s fork server imports this module once. What a fresh process has and a fork lacks: a hash seed of its
+`multiprocessing`'s fork server imports `warm_imports` once. What a fresh process has and a fork lacks: a hash seed of its
 own. Ranks of the command line's tests are fresh processes.
 """
-
-import os
-
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # before torch reads them
 
 import atexit
 import faulthandler
 import multiprocessing
+import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload([__name__, "deepspeed", "torch._dynamo", "megascale.train.session"])
+WARM.set_forkserver_preload(["tests.support.warm_imports"])
 
 
 def start_rank(module: str, arguments: Sequence[str], environment: Mapping[str, str], out: Path, err: Path):
