@@ -1,6 +1,6 @@
 """Ranks forked from one process that has imported torch and DeepSpeed: seconds less of a core for each.
 
-`multiprocessing`'s fork server imports `warm_imports` once. What a fresh process has and a fork lacks: a hash seed of its
+`multiprocessing`'s fork server imports `warm_imports` once. A fork lacks what a fresh process has: a hash seed of its
 own. Ranks of the command line's tests are fresh processes.
 """
 
