@@ -3,21 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test dist soak parity gpu bench bench-gpu lint schema clean
+.PHONY: quickstart test soak parity gpu bench bench-gpu lint schema clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/megascale quickstart
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not slow"
 
 # Long fault runs, minutes to an hour; CI does not run them.
 soak: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -m slow
-
-# Distributed parity tests: 2 to 8 ranks on this machine; twenty minutes on two cores.
-dist: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest tests/dist -m "not slow"
 
 # Every layout against the plain loop, as a table; twenty minutes on two cores.
 parity: $(VENV)/.installed-test
