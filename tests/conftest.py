@@ -22,6 +22,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(os.sched_getaffinity(0)) + 1
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Names the group of each test, and puts long ones first, so that all processes end at about the same time."""
     items.sort(key=lambda item: _turn(item.path))
