@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/megascale quickstart
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not slow"
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # Long fault runs, minutes to an hour; CI does not run them.
 soak: $(VENV)/.installed-test
