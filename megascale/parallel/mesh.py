@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megascale.errors import LaunchError
 from megascale.parallel.axis import ALONE, Axis, axis_of_group
+from megascale.parallel.gloo import one_gloo_thread
 from megascale.parallel.layout import Layout
 from megascale.parallel.supervision import INCARNATION_VARIABLE, STORE_FD_VARIABLE
 
@@ -145,6 +146,7 @@ def build_mesh(layout: Layout, info: RankInfo, timeout_s: float = 1800.0) -> Mes
     return lay_out_mesh(layout, info.rank, join_ranks(info, timeout_s))
 
 
+@one_gloo_thread()
 def join_ranks(info: RankInfo, timeout_s: float) -> torch.device:
     """Meets the other ranks and returns this one's device.
 
@@ -209,6 +211,7 @@ def check_incarnation(store: dist.Store, own: str, who: str, where: str) -> None
         )
 
 
+@one_gloo_thread()
 def lay_out_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
     """Makes the groups of a layout over the ranks that have joined. Every rank calls it."""
     groups = {axes: make_groups(layout.groups_along(axes), rank, "_".join(axes)) for axes in GROUPS}
