@@ -15,9 +15,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process more than cores, since most tests of the folders above wait for ranks, and for time to pass."""
-    return len(os.sched_getaffinity(0)) + 1
+    """As many processes as cores: tests of 8 ranks in more of them than that starve each other past their limits."""
+    return len(os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(tryfirst=True)

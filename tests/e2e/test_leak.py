@@ -31,7 +31,7 @@ def test_a_mask_that_forgets_documents_is_found(config):
     """The planted fault is the mutation."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.programs.leak_fault", "check", str(config), "--leak", "--nproc", "1", MASKED],
-        env=command_environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
+        env=command_environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.startswith("error: a document leaks into another under attention with a dense mask, fp32")

@@ -59,7 +59,7 @@ def test_a_planted_fault_is_located_by_the_command(config):
     fault = {"MEGASCALE_TEST_FAULT": "norm gradients not summed over tp"}
     done = subprocess.run(
         [sys.executable, "-m", FAULT_MODULE, *arguments], env=command_environment(**fault), cwd=REPOSITORY,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "first difference over 1e-06 (for fp32): step 1, gradient of final_norm.weight: " in done.stdout

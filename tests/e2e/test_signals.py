@@ -182,7 +182,7 @@ def test_torchrun_gives_the_same_run(config, clean, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "launcher", "train", str(config)], env=command_environment(), cwd=REPOSITORY,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"step {NUM_STEPS}/{NUM_STEPS}  loss") == 1

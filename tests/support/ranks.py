@@ -31,7 +31,7 @@ def rank_environment(rank: int, world_size: int, port: int, on_gpu: bool) -> dic
 
 
 def run_ranks(
-    module: str, world_size: int, arguments: list[str], folder: Path, timeout_s: float = 120, on_gpu: bool = False
+    module: str, world_size: int, arguments: list[str], folder: Path, timeout_s: float = 240, on_gpu: bool = False
 ) -> list[str]:
     """Runs `python -m module ARGUMENTS` on each rank and returns what each printed to standard output.
 

@@ -48,7 +48,7 @@ def write_blend(folder: Path, name: str = "run", corpora: Path | str | None = No
     return path
 
 
-def megascale(*arguments: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess:
+def megascale(*arguments: str, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess:
     """Runs the command line to its end; standard output and error as text."""
     return subprocess.run(
         command(*arguments), env=command_environment(**environment), cwd=REPOSITORY, capture_output=True, text=True,
