@@ -13,7 +13,7 @@ SECONDS = 8
 
 def test_collectives_that_overlap_leave_the_heap_whole(tmp_path):
     (shown,) = run_ranks("tests.dist.programs.gloo_threads", 1, [str(SECONDS)], tmp_path)
-    assert json.loads(shown)["collectives"] > 10_000
+    assert json.loads(shown)["collectives"] > 1000
 
 
 def test_every_group_of_a_run_has_one_thread(tmp_path):
