@@ -1,9 +1,10 @@
 """Groups over gloo with one worker thread each, because torch's default of two corrupts the heap.
 
-Both threads of a group write down what they completed last, in one std::string and without a lock (ProcessGroupGloo in
-torch 2.13). Names of over 15 characters, such as ALLGATHER_COALESCED, live on the heap, so two writes at a time free
-one block twice: now and then a rank died of `malloc(): unaligned tcache chunk detected`. One thread runs the
-collectives of its group one after the other, in the order in which all ranks started them.
+Both threads of a group write down what they completed last, in one std::string and without a lock. Names of over 15
+characters, such as ALLGATHER_COALESCED, live on the heap, so two writes at a time free one block twice: now and then a
+rank died of `malloc(): unaligned tcache chunk detected`. One thread runs the collectives of its group one after the
+other, in the order in which all ranks started them.
+Source: torch 2.13, torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, `runLoop`: `pgStatus_->lastCompletedWorkName`.
 """
 
 import os
